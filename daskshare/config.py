@@ -1,0 +1,201 @@
+"""daskshare's options, read from Dask's configuration system into frozen dataclasses."""
+
+from __future__ import annotations
+
+import importlib.resources
+from dataclasses import dataclass
+from typing import Any, Self
+
+import dask.config
+import yaml
+from dask.utils import parse_bytes, parse_timedelta
+
+from daskshare.errors import ConfigurationError
+
+__all__ = ["EngineOptions", "ShareOptions", "VideoOptions"]
+
+
+def _load_defaults() -> None:
+    text = importlib.resources.files("daskshare").joinpath("daskshare.yaml").read_text("utf-8")
+    dask.config.update_defaults(yaml.safe_load(text))
+
+
+_load_defaults()
+
+
+def _get(name: str) -> Any:
+    return dask.config.get(f"daskshare.{name}")
+
+
+def _fail(name: str, got: Any, expected: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Dask configuration daskshare.{name} is {got!r}; expected {expected}. Set it with "
+        f"dask.config.set({{'daskshare.{name}': ...}}) or in a YAML file in ~/.config/dask.",
+        option=f"daskshare.{name}",
+    )
+
+
+def _seconds(name: str) -> float:
+    got = _get(name)
+    try:
+        seconds = float(parse_timedelta(got, default="s"))
+    except (TypeError, ValueError, KeyError):
+        raise _fail(name, got, "a duration such as '5ms' or 2.0 (seconds)") from None
+    if not seconds >= 0:
+        raise _fail(name, got, "a duration of zero or more")
+    return seconds
+
+
+def _integer(name: str, *, minimum: int = 1) -> int:
+    got = _get(name)
+    if isinstance(got, bool) or not isinstance(got, int) or got < minimum:
+        raise _fail(name, got, f"an integer >= {minimum}")
+    return got
+
+
+def _choice(name: str, choices: tuple[Any, ...]) -> Any:
+    got = _get(name)
+    for choice in choices:
+        if got is choice or (isinstance(choice, str) and got == choice):
+            return choice
+    raise _fail(name, got, "one of " + ", ".join(repr(c) for c in choices))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine batches and runs one model.
+
+    Parameters
+    ----------
+    max_batch_size : int or None
+        Largest batch, frames; ``None`` takes the model's own.
+    max_wait_seconds : float
+        Longest time a frame waits for its batch to fill while the device is busy.
+    slots : int
+        Batches in flight at once.
+    queue_batches : int
+        Full batches that may wait before callers block.
+    compile : {"auto", True, False}
+        Whether to compile the forward pass; ``"auto"`` does so on CUDA devices.
+    cuda_graphs : bool
+        Whether to capture one CUDA graph for each batch size.
+    """
+
+    max_batch_size: int | None = None
+    max_wait_seconds: float = 0.005
+    slots: int = 2
+    queue_batches: int = 4
+    compile: str | bool = "auto"
+    cuda_graphs: bool = True
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.engine`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        maximum = _get("engine.max-batch-size")
+        return cls(
+            max_batch_size=None if maximum is None else _integer("engine.max-batch-size"),
+            max_wait_seconds=_seconds("engine.max-wait"),
+            slots=_integer("engine.slots"),
+            queue_batches=_integer("engine.queue-batches"),
+            compile=_choice("engine.compile", ("auto", True, False)),
+            cuda_graphs=_choice("engine.cuda-graphs", (True, False)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShareOptions:
+    """How much of a device the models may take, and how they are loaded.
+
+    Parameters
+    ----------
+    memory_limit : int or float
+        Bytes (``int``), or a fraction of the device's memory (``float`` in (0, 1]).
+    load_threads : int
+        Models loading at once on one device.
+    close_timeout_seconds : float
+        Bound of a shutdown.
+    """
+
+    memory_limit: int | float = 0.8
+    load_threads: int = 2
+    close_timeout_seconds: float = 10.0
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.share`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        got = _get("share.memory-limit")
+        limit: int | float
+        if isinstance(got, float) and 0 < got <= 1:
+            limit = got
+        else:
+            try:
+                limit = int(parse_bytes(got))
+            except (TypeError, ValueError, AttributeError):
+                limit = 0
+            if limit <= 1 or isinstance(got, bool):
+                raise _fail(
+                    "share.memory-limit",
+                    got,
+                    "a fraction in (0, 1] or a number of bytes such as '20 GiB'",
+                )
+        return cls(
+            memory_limit=limit,
+            load_threads=_integer("share.load-threads"),
+            close_timeout_seconds=_seconds("share.close-timeout"),
+        )
+
+    def budget_bytes(self, total_bytes: int) -> int:
+        """Bytes that models may take on a device of ``total_bytes``."""
+        if isinstance(self.memory_limit, float):
+            return int(total_bytes * self.memory_limit)
+        return self.memory_limit
+
+
+@dataclass(frozen=True, slots=True)
+class VideoOptions:
+    """How video is cut and decoded.
+
+    Parameters
+    ----------
+    chunk_seconds : float
+        Aim for a chunk's length.
+    frames_per_request : int
+        Decoded frames handed to the engine at a time.
+    requests_in_flight : int
+        Requests that one task keeps waiting, so that decoding overlaps with inference.
+    decoder : {"auto", "nvdec", "pyav"}
+        ``"auto"`` takes NVDEC where the chip and the stream allow it, else PyAV.
+    """
+
+    chunk_seconds: float = 10.0
+    frames_per_request: int = 16
+    requests_in_flight: int = 3
+    decoder: str = "auto"
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.video`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        return cls(
+            chunk_seconds=_seconds("video.chunk-duration"),
+            frames_per_request=_integer("video.frames-per-request"),
+            requests_in_flight=_integer("video.requests-in-flight"),
+            decoder=_choice("video.decoder", ("auto", "nvdec", "pyav")),
+        )
