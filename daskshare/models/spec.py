@@ -18,7 +18,30 @@ if TYPE_CHECKING:
 
     from daskshare.device import Device
 
-__all__ = ["Detections", "FrameBatch", "FrameSource", "FrameStream", "ModelSpec", "Prepared", "Program"]
+__all__ = [
+    "DETECTION_COLUMNS",
+    "Detections",
+    "FrameBatch",
+    "FrameSource",
+    "FrameStream",
+    "ModelSpec",
+    "Prepared",
+    "Program",
+]
+
+#: Columns of a table of detections, one row an object.
+DETECTION_COLUMNS = (
+    "video",
+    "frame",
+    "pts_seconds",
+    "class_id",
+    "class_name",
+    "confidence",
+    "x_min",
+    "y_min",
+    "x_max",
+    "y_max",
+)
 
 
 @runtime_checkable
