@@ -80,7 +80,7 @@ class DarknetConfigError(ModelError, ConfigurationError):
 
 
 class WeightsError(ModelError, ValueError):
-    """A weights file does not fit its network; fields ``path``, ``got_bytes``, ``expected_bytes``."""
+    """A weights file does not fit its network; ``path``, ``got_bytes``, ``expected_bytes``."""
 
 
 class DownloadError(ModelError, OSError):

@@ -1,4 +1,4 @@
-"""What a model is, before and after it is loaded. No torch at import: the scheduler reads this module.
+"""What a model is, before and after it is loaded. No torch here: the scheduler reads this module.
 
 A :class:`ModelSpec` is the small picklable description that travels in task graphs. Its ``load``
 turns it into a :class:`Program` on one device; an engine drives the program.
@@ -140,7 +140,7 @@ class Program(Protocol):
         ...
 
     def finish(self, outputs: Any, context: Any) -> Any:
-        """Turn one request's outputs (host arrays, same structure as ``forward``'s) into its result."""
+        """Turn a request's outputs (host arrays, structured as ``forward``'s) into its result."""
         ...
 
 
