@@ -57,15 +57,15 @@ class Dispatcher:
         self._on_message = on_message
         self._on_tick = on_tick
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._pending: dict[Any, tuple[Any, Future]] = {}
+        self._pending: dict[Any, tuple[Any, Future[Any]]] = {}
 
     def post(self, message: Any) -> None:
         """Queue a message for ``on_message``; from any thread."""
         self._events.put(("message", message))
 
     def completed(
-        self, items: Iterable[T], submit: Callable[[T], Future]
-    ) -> Iterator[tuple[T, Future]]:
+        self, items: Iterable[T], submit: Callable[[T], Future[Any]]
+    ) -> Iterator[tuple[T, Future[Any]]]:
         """Yield each item with its future, in the order in which they end.
 
         Parameters

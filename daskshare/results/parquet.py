@@ -291,15 +291,11 @@ class OutputFolder:
         OutputError
             When ``detections`` holds Parquet files that daskshare did not write.
         """
-        foreign = []
         for path in [*self.path.iterdir(), *self.detections.iterdir()]:
             if _PARTIAL.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-            elif path.parent != self.detections:
-                continue
-            elif path.suffix == ".parquet" and not path.name.startswith("."):
-                if not _PART.fullmatch(path.name):
-                    foreign.append(path.name)
+        names = [path.name for path in self.detections.glob("[!.]*.parquet")]
+        foreign = [name for name in names if not _PART.fullmatch(name)]
         if foreign:
             raise OutputError(
                 f"{self.detections} holds {len(foreign)} Parquet file(s) that daskshare did not "
