@@ -179,7 +179,7 @@ def _draw(
     else:
         axes.xaxis.set_major_locator(MaxNLocator(11))
         axes.set_xlabel("time (s)")
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
