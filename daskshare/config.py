@@ -12,7 +12,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["EngineOptions", "ShareOptions", "VideoOptions"]
+__all__ = ["EngineOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
 
 
 def _load_defaults() -> None:
@@ -199,3 +199,29 @@ class VideoOptions:
             requests_in_flight=_integer("video.requests-in-flight"),
             decoder=_choice("video.decoder", ("auto", "nvdec", "pyav")),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a Dask worker runs its models.
+
+    Parameters
+    ----------
+    torch_threads : int or None
+        Threads that torch computes with on a worker without a GPU; ``None``: as many as the
+        worker has task threads, and no more than the cores that the process may use.
+    """
+
+    torch_threads: int | None = None
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.worker`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        threads = _get("worker.torch-threads")
+        return cls(torch_threads=None if threads is None else _integer("worker.torch-threads"))
