@@ -1,0 +1,141 @@
+"""What several benchmarks run: a YOLO-v3 that needs no download, frames, and memory readings."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+__all__ = ["deviceless_pss_bytes", "gpu_used_bytes", "host_frames", "random_weights", "rate"]
+
+
+def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -> Path:
+    """Write a Darknet weights file with random values that keep activations in a sane range.
+
+    Speed does not depend on the values, but the number of candidates does: the objectness biases
+    are low, so that a frame has a handful of detections, as in traffic.
+
+    Parameters
+    ----------
+    network : str
+        ``"yolov3"``, ``"yolov3-spp"`` or ``"yolov3-tiny"``.
+    folder : Path, optional
+        Where to; a folder of the machine's temporary ones by default.
+    seed : int
+        Of the generator.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    from daskshare.models import darknet
+    from daskshare.models.yolov3 import packaged_cfg
+
+    folder = folder or Path(tempfile.gettempdir())
+    path = folder / f"{network}-random-{seed}.weights"
+    if path.exists():
+        return path
+    random = np.random.default_rng(seed)
+    parsed = darknet.parse_cfg(packaged_cfg(network), path=f"{network}.cfg")
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    with partial.open("wb") as out:
+        np.array([0, 2, 0], np.int32).tofile(out)
+        np.array([0], np.int64).tofile(out)
+        for layer in darknet.convolutions(parsed):
+            filters = layer.filters
+            fan_in = layer.in_channels // layer.groups * layer.size**2
+            bias = np.zeros(filters, np.float32)
+            if layer.batch_normalize:
+                scale = np.ones(filters, np.float32)
+                bias.tofile(out)
+                scale.tofile(out)
+                np.zeros(filters, np.float32).tofile(out)  # rolling mean
+                np.ones(filters, np.float32).tofile(out)  # rolling variance
+            else:
+                bias.reshape(3, -1)[:, 4] = -4.0
+                bias.tofile(out)
+            gain = np.sqrt(2.0 / (1 + 0.1**2) / fan_in) * (0.7 if layer.size == 1 else 1.0)
+            weights = random.standard_normal(filters * fan_in, np.float32) * np.float32(gain)
+            weights.tofile(out)
+    partial.replace(path)
+    return path
+
+
+def host_frames(num_frames: int, size: int, *, seed: int = 0) -> np.ndarray:
+    """Random frames, uint8 (n, size, size, 3), in ordinary host memory."""
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, size, size, 3), np.uint8)
+
+
+def gpu_used_bytes() -> int:
+    """Bytes in use on the first GPU by every process, contexts included, as the driver says."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def deviceless_pss_bytes(pids: list[int]) -> int:
+    """Resident bytes of processes, pages that they share counted once between them."""
+    return sum(int(psutil.Process(pid).memory_full_info().pss) for pid in pids)
+
+
+def rate(results: list[tuple[int, float, float]]) -> float:
+    """Frames a second over all of ``(frames, started_seconds, stopped_seconds)``."""
+    started = min(start for _, start, _ in results)
+    stopped = max(stop for _, _, stop in results)
+    return sum(frames for frames, _, _ in results) / (stopped - started)
+
+
+class Eager:
+    """The network as a careful user would call it without daskshare: eager, batch by batch."""
+
+    def __init__(self, spec: Any) -> None:
+        import torch
+
+        from daskshare.device import current_device
+
+        self.device = current_device()
+        self.program = spec.load(self.device)
+        self.torch_device = self.device.torch_device()
+        self.torch = torch
+
+    def __call__(self, frames: np.ndarray) -> Any:
+        torch = self.torch
+        with torch.inference_mode():
+            prepared = self.program.prepare(frames)
+            batch = torch.from_numpy(np.ascontiguousarray(prepared.items)).to(self.torch_device)
+            outputs = to_host(self.program.forward(batch))
+        return self.program.finish(outputs, prepared.context)
+
+
+def to_host(outputs: Any) -> Any:
+    """Copy a structure of tensors into host arrays."""
+    if isinstance(outputs, dict):
+        return {name: to_host(value) for name, value in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        return type(outputs)(to_host(value) for value in outputs)
+    return outputs.cpu().numpy()
+
+
+def run_for(
+    call: Any, frames: np.ndarray, seconds: float, barrier: threading.Barrier | None = None
+) -> tuple[int, float, float]:
+    """Call ``call(frames)`` until ``seconds`` have passed; frames done, start and stop times."""
+    if barrier is not None:
+        barrier.wait()
+    started = time.time()  # wall clock: comparable between processes
+    done = 0
+    while time.time() - started < seconds:
+        call(frames)
+        done += len(frames)
+    return done, started, time.time()
