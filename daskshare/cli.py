@@ -56,9 +56,9 @@ def _terminate_like_interrupt() -> Iterator[None]:
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version
+        import daskshare
 
-        click.echo(f"daskshare {version('daskshare')}")
+        click.echo(f"daskshare {daskshare.__version__}")
         ctx.exit()
 
 

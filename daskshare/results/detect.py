@@ -234,6 +234,7 @@ class _Run:
         self._plan = plan
         self._id = uuid.uuid4().hex[:12]
         self._concurrent_tasks: dict[str, int] = {}
+        self._workers: dict[str, str] = {}
         self._work_seconds = 0.0
         self._loads = 0
         self._model_bytes = 0
@@ -300,8 +301,9 @@ class _Run:
             text = str(error) if isinstance(error, DaskshareError) else repr(error)
             return job.failed(text)
         outcome: Outcome = future.result()
-        self._concurrent_tasks[outcome.worker] = max(
-            outcome.concurrent_tasks, self._concurrent_tasks.get(outcome.worker, 0)
+        self._workers[outcome.process] = outcome.worker
+        self._concurrent_tasks[outcome.process] = max(
+            outcome.concurrent_tasks, self._concurrent_tasks.get(outcome.process, 0)
         )
         return outcome.record
 
@@ -337,8 +339,10 @@ class _Run:
         """Ask the workers that were in use how often they loaded the model, and its size."""
         from daskshare.client import stats
 
+        # Of a process's workers each reports the process's one copy: one of them counts.
+        in_use = set(self._workers.values())
         for worker, report in stats(client).items():
-            if worker in self._concurrent_tasks:
+            if worker in in_use:
                 model = report["models"].get(self._model.spec.key, {})
                 self._loads += model.get("loads", 0)
                 self._model_bytes = max(self._model_bytes, model.get("model_bytes", 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "detect_chunk", "stop_run"]
 
 _lock = threading.Lock()
-_running: dict[str, int] = {}
+_running = 0
 _stopped_runs: set[str] = set()
 
 
@@ -36,12 +38,15 @@ class Outcome:
         The chunk's row; already in the part's footer, if there is a part.
     worker : str
         Address of the worker.
+    process : str
+        Its host and process: workers of one process share one copy of a model.
     concurrent_tasks : int
-        Detect tasks that ran on this worker when this one began, itself included.
+        Detect tasks that ran in this process when this one began, itself included.
     """
 
     record: ChunkRecord
     worker: str
+    process: str
     concurrent_tasks: int
 
 
@@ -54,15 +59,16 @@ def stop_run(run: str) -> None:
 
 
 @contextmanager
-def _counted(worker: str) -> Iterator[int]:
+def _counted() -> Iterator[int]:
+    global _running
     with _lock:
-        _running[worker] = _running.get(worker, 0) + 1
-        count = _running[worker]
+        _running += 1
+        count = _running
     try:
         yield count
     finally:
         with _lock:
-            _running[worker] -= 1
+            _running -= 1
 
 
 def detect_chunk(
@@ -105,12 +111,13 @@ def detect_chunk(
         worker.log_event(TOPIC, message)
 
     reporter = FrameReporter(send, run, job.file)
-    with _counted(worker.address) as concurrent_tasks:
+    with _counted() as concurrent_tasks:
         try:
             record = _detect(job, model, Path(folder), run, options, reporter)
         except VideoError as error:
             record = job.failed(str(error))
-    return Outcome(record, worker.address, concurrent_tasks)
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    return Outcome(record, worker.address, process, concurrent_tasks)
 
 
 def _detect(
