@@ -204,20 +204,21 @@ def _connect(
 
     from daskshare.cluster import local_cluster
 
+    client: Client
     if scheduler is not None:
         try:
-            return stack.enter_context(Client(scheduler, set_as_default=False))
+            client = stack.enter_context(Client(scheduler, set_as_default=False))
         except (OSError, ValueError) as error:
             raise DaskshareError(
                 f"No Dask scheduler answers at {scheduler!r}: {error}. Give its address, such as "
                 "tcp://10.0.0.5:8786, or leave --scheduler out to work on this machine.",
                 scheduler=scheduler,
             ) from error
-    shape = {"n_workers": workers, "threads_per_worker": threads}
-    cluster = stack.enter_context(
-        local_cluster(**{name: value for name, value in shape.items() if value is not None})
-    )
-    return stack.enter_context(Client(cluster, set_as_default=False))
+    else:
+        shape: dict[str, Any] = {"n_workers": workers, "threads_per_worker": threads}
+        cluster = local_cluster(**{name: n for name, n in shape.items() if n is not None})
+        client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
+    return client
 
 
 @main.command()

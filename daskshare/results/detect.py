@@ -130,10 +130,13 @@ def _current_or_local_client(stack: contextlib.ExitStack) -> Client:
 
     from daskshare.cluster import local_cluster
 
-    with contextlib.suppress(ValueError):  # there is no current client
-        return Client.current()
-    cluster = stack.enter_context(local_cluster())
-    return stack.enter_context(Client(cluster, set_as_default=False))
+    client: Client
+    try:
+        client = Client.current()
+    except ValueError:  # there is none
+        cluster = stack.enter_context(local_cluster())
+        client = stack.enter_context(Client(cluster, set_as_default=False))
+    return client
 
 
 def detect_on(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -125,7 +124,7 @@ class Dispatcher:
             self._client.cancel(futures, force=True)
 
     def _window(self) -> int:
-        num_threads = sum(self._client.nthreads().values())
+        num_threads: int = sum(self._client.nthreads().values())
         self._on_tick(num_threads)
         # Some wait even without workers, so that an adaptive cluster has a reason to grow.
-        return max(16, math.ceil(num_threads * self._per_thread))
+        return max(16, num_threads * self._per_thread)
