@@ -5,8 +5,8 @@ A safetensors file of daskshare holds, for each convolutional layer with index `
 size) and ``layers.<i>.bias`` of shape (filters,), with batch norm folded into both.
 
 Batch norm is folded before rounding to fp16, not kept beside the kernels: the fold runs once, in
-fp64 from the original fp32 values, each number is rounded a single time, and an fp16 engine computes
-with exactly the stored kernels. Biases stay fp32; they are 0.04 % of the bytes.
+fp64 from the original fp32 values, each number is rounded a single time, and an fp16 engine
+computes with exactly the stored kernels. Biases stay fp32; they are 0.1 % of the bytes.
 
 Run as a program this module converts: ``python -m daskshare.models.weights yolov3.weights
 yolov3.cfg yolov3.safetensors [--precision fp16|fp32]``.
@@ -44,7 +44,10 @@ __all__ = [
 
 # Added to the variance: what Darknet's GPU code and every framework's batch norm use.
 _EPSILON = 1e-5
-_PRECISIONS = {"fp16": np.float16, "fp32": np.float32}
+_PRECISIONS: dict[str, np.dtype[np.floating]] = {
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
