@@ -11,8 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& { echo $$p; break; }; done)
 GPU ?= auto
 EXTRAS ?= dev
-RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
+RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python
 BENCHMARKS := $(filter-out __init__ report,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
 .PHONY: demo test lint bench clean
@@ -44,4 +45,3 @@ $(STAMP): pyproject.toml constraints/cpu.txt constraints/gpu.txt tools/make_venv
 		"name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) tools/make_venv.py $(VENV) --extras $(EXTRAS) --gpu $(GPU) \
 		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
-	@touch $@

@@ -1,6 +1,6 @@
 """Make the virtual environment that the Makefile's targets run in.
 
-Usage: ``python3 tools/make_venv.py FOLDER [--extras dev,...] [--gpu auto|yes|no] [--torch-index URL]``
+Usage: ``python3 tools/make_venv.py FOLDER [--extras dev] [--gpu auto] [--torch-index URL]``
 
 Needs nothing but Python. On a machine with a usable NVIDIA GPU it adds the ``gpu`` extra; on any
 other Linux machine it takes torch's CPU build, because PyPI's build carries gigabytes of CUDA.
@@ -104,7 +104,8 @@ def make_venv(folder: Path) -> Path:
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=False)
     if done.returncode != 0:
         sys.exit(
-            f"{sys.executable} -m venv failed; on Debian and Ubuntu run: apt-get install python3-venv"
+            f"{sys.executable} -m venv failed; on Debian and Ubuntu run: "
+            "apt-get install python3-venv"
         )
     return folder / "bin" / "python"
 
@@ -133,6 +134,8 @@ def main() -> None:
     target = f"{ROOT}[{extras}]"
     subprocess.run([*pip, "install", "--quiet", "-c", str(constraints), "-e", target], check=True)
     subprocess.run([*pip, "check"], check=True)
+    # The Makefile compares this file's age, and reads from it whether to hide the GPUs.
+    (arguments.folder / ".installed").write_text("gpu\n" if gpu else "cpu\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
