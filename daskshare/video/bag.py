@@ -24,7 +24,7 @@ DETECTION_DTYPES: dict[str, str] = dict(
 )
 
 
-class VideoBag(dask.bag.Bag):  # type: ignore[misc]
+class VideoBag(dask.bag.Bag):
     """A dask.bag of :class:`~daskshare.video.chunk.VideoChunk`, one a partition."""
 
     def map_partitions(self, func: Any, *args: Any, **kwargs: Any) -> dask.bag.Bag:
@@ -42,12 +42,12 @@ class VideoBag(dask.bag.Bag):  # type: ignore[misc]
         dask.bag.Bag
             A :class:`DetectionBag` where ``func`` is a shared model of detections.
         """
-        result = super().map_partitions(func, *args, **kwargs)
+        result = super().map_partitions(func, *args, **kwargs)  # type: ignore[no-untyped-call]
         kind = DetectionBag if getattr(func, "__daskshare_model__", False) else dask.bag.Bag
         return kind(result.dask, result.name, result.npartitions)
 
 
-class DetectionBag(dask.bag.Bag):  # type: ignore[misc]
+class DetectionBag(dask.bag.Bag):
     """A dask.bag of rows (dicts), one an object that a model found in a frame."""
 
     def map_partitions(self, func: Any, *args: Any, **kwargs: Any) -> dask.bag.Bag:
@@ -60,7 +60,7 @@ class DetectionBag(dask.bag.Bag):  # type: ignore[misc]
         *args, **kwargs
             Passed on to ``func``.
         """
-        result = super().map_partitions(func, *args, **kwargs)
+        result = super().map_partitions(func, *args, **kwargs)  # type: ignore[no-untyped-call]
         return dask.bag.Bag(result.dask, result.name, result.npartitions)
 
     def to_dataframe(
@@ -79,7 +79,9 @@ class DetectionBag(dask.bag.Bag):  # type: ignore[misc]
         """
         if meta is None and columns is None:
             meta = DETECTION_DTYPES
-        return super().to_dataframe(meta=meta, columns=columns, optimize_graph=optimize_graph)
+        return super().to_dataframe(  # type: ignore[no-untyped-call]
+            meta=meta, columns=columns, optimize_graph=optimize_graph
+        )
 
 
 def read_video(
@@ -121,5 +123,5 @@ def read_video(
     chunks: list[VideoChunk] = probe_videos(
         paths, chunk_seconds=chunk_seconds, storage_options=storage_options
     )
-    bag = dask.bag.from_sequence(chunks, partition_size=1)
+    bag = dask.bag.from_sequence(chunks, partition_size=1)  # type: ignore[no-untyped-call]
     return VideoBag(bag.dask, bag.name, bag.npartitions)

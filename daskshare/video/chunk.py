@@ -160,8 +160,8 @@ class VideoChunk:
                 return
         if decoder == "nvdec":
             raise VideoError(
-                f"{self.video} cannot be decoded by NVDEC: {note or 'no CUDA device'}. Set daskshare.video.decoder to "
-                "'auto' or 'pyav' in Dask's configuration.",
+                f"{self.video} cannot be decoded by NVDEC: {note or 'no CUDA device'}. "
+                "Set daskshare.video.decoder to 'auto' or 'pyav' in Dask's configuration.",
                 video=self.video,
             )
         with decode.open_frames(self, batch_frames=batch_frames, note=note) as frames:

@@ -11,6 +11,7 @@ import numpy as np
 from daskshare.errors import UnreadableVideoError, VideoError
 from daskshare.kernels.colour import YuvConversion, to_eight_bits, yuv_conversion
 from daskshare.models.spec import FrameBatch
+from daskshare.video.index import find_video_stream
 from daskshare.video.sources import open_av
 
 if TYPE_CHECKING:
@@ -179,11 +180,9 @@ class PyavFrames:
 
 def video_stream(container: InputContainer, chunk: VideoChunk) -> VideoStream:
     """The stream that was indexed."""
-    from av.stream import Disposition
-
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
+    stream = find_video_stream(container)
+    if stream is not None:
+        return stream
     raise UnreadableVideoError(
         f"{chunk.video} holds no video stream any more; it changed since it was indexed. "
         "Index it again with read_video.",
@@ -235,10 +234,10 @@ def chunk_packets(
         for packet in _from_keyframe(container, stream, chunk):
             if left == 0:
                 break
-            if packet.is_corrupt:
-                continue
             if left is not None:
                 left -= 1
+            if packet.is_corrupt:
+                continue
             yield packet
     except (OSError, av.error.FFmpegError) as error:
         numbers.errors += 1
