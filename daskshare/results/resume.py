@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from daskshare.results.parquet import ChunkRecord, part_name
 from daskshare.results.schema import SCHEMA_VERSION
@@ -62,11 +62,12 @@ def chunk_fingerprint(chunk: Chunk, *, model_key: str, decoder: str) -> str:
         decoder,
         chunk.video,
         chunk.fingerprint,
-        chunk.index,
-        chunk.first_frame,
-        chunk.num_frames,
-        repr(chunk.start_seconds),
-        repr(chunk.end_seconds),
+        int(chunk.index),
+        int(chunk.first_frame),
+        int(chunk.num_frames),
+        # repr of NumPy's floats would name their type.
+        repr(float(chunk.start_seconds)),
+        repr(float(chunk.end_seconds)),
     ]
     return hashlib.sha256(json.dumps(decides).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -79,21 +80,23 @@ class Job(Generic[ChunkT]):
     fingerprint: str
     file: str
 
-    def failed(self, error: str) -> ChunkRecord:
-        """Record of the chunk when it yields no frames at all."""
+    def record(self, status: str, **fields: Any) -> ChunkRecord:
+        """Record of the chunk with ``status`` and what became of it."""
         chunk = self.chunk
         return ChunkRecord(
             video=chunk.video,
-            chunk=chunk.index,
-            first_frame=chunk.first_frame,
-            num_frames=0,
-            num_detections=0,
-            status="error",
-            error=error,
-            start_seconds=chunk.start_seconds,
-            end_seconds=chunk.end_seconds,
+            chunk=int(chunk.index),
+            first_frame=int(chunk.first_frame),
+            start_seconds=float(chunk.start_seconds),
+            end_seconds=float(chunk.end_seconds),
+            status=status,
             fingerprint=self.fingerprint,
+            **fields,
         )
+
+    def failed(self, error: str) -> ChunkRecord:
+        """Record of the chunk when it yields no frames at all."""
+        return self.record("error", num_frames=0, num_detections=0, error=error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,20 +143,14 @@ def _detect(
                     )
                 )
                 reporter.advance(len(detections))
-        record = ChunkRecord(
-            video=chunk.video,
-            chunk=chunk.index,
-            first_frame=chunk.first_frame,
+        record = job.record(
+            "truncated" if results.problem else "ok",
+            error=results.problem,
             num_frames=reporter.frames,
             num_detections=part.num_rows,
-            status="truncated" if results.problem else "ok",
-            error=results.problem,
-            start_seconds=chunk.start_seconds,
-            end_seconds=chunk.end_seconds,
             decoder=results.decoder,
             file=job.file,
             class_counts=part.class_counts,
-            fingerprint=job.fingerprint,
         )
         part.finish(record)
     return record

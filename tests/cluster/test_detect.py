@@ -96,7 +96,7 @@ def make_video(path, *, frames=60, start=0):
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client():
     with (
         LocalCluster(
