@@ -39,7 +39,7 @@ def _seconds(name: str) -> float:
     got = _get(name)
     try:
         seconds = float(parse_timedelta(got, default="s"))
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         raise _fail(name, got, "a duration such as '5ms' or 2.0 (seconds)") from None
     if not seconds >= 0:
         raise _fail(name, got, "a duration of zero or more")
@@ -144,7 +144,8 @@ class ShareOptions:
             limit = got
         else:
             try:
-                limit = int(parse_bytes(got))
+                # A float above 1 is a mistaken fraction, not a number of bytes.
+                limit = 0 if isinstance(got, float) else int(parse_bytes(got))
             except (TypeError, ValueError, AttributeError):
                 limit = 0
             if limit <= 1 or isinstance(got, bool):

@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | clean.   Needs Python 3.11 to 3.13; everything else is installed
+# into .venv on first use. Variables:
+#   PYTHON       the interpreter to build .venv from        make test PYTHON=python3.12
+#   GPU          auto (default), yes or no                  make demo GPU=no
+#   TORCH_INDEX  where torch's CPU build comes from, if pip's own sources do not have it
+#   ARGS         further arguments of pytest or the demo    make test ARGS="tests/unit -x"
+
+VENV := .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+GPU ?= auto
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed
+# In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
+RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python
+BENCHMARKS := $(filter-out __init__ report,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(RUN) -m daskshare.demo --output demo-output $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(STAMP)
+	@for name in $(BENCHMARKS); do \
+		echo "== benchmarks.$$name"; \
+		$(RUN) -m benchmarks.$$name --json bench-output/$$name.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) demo-output bench-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints/cpu.txt constraints/gpu.txt tools/make_venv.py
+	@[ -n "$(PYTHON)" ] || { echo "daskshare needs Python 3.11, 3.12 or 3.13 and found none;" \
+		"name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) tools/make_venv.py $(VENV) --extras $(EXTRAS) --gpu $(GPU) \
+		$(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
