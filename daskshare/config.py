@@ -118,6 +118,8 @@ class ShareOptions:
         Bytes (``int``), or a fraction of the device's memory (``float`` in (0, 1]).
     load_threads : int
         Models loading at once on one device.
+    lease_timeout_seconds : float
+        How long a load waits for a lease to end when models in use fill the budget.
     close_timeout_seconds : float
         Bound of a shutdown.
     """
@@ -125,6 +127,7 @@ class ShareOptions:
     memory_limit: int | float = 0.8
     load_threads: int = 2
     close_timeout_seconds: float = 10.0
+    lease_timeout_seconds: float = 60.0
 
     @classmethod
     def from_config(cls) -> Self:
@@ -154,6 +157,7 @@ class ShareOptions:
             memory_limit=limit,
             load_threads=_integer("share.load-threads"),
             close_timeout_seconds=_seconds("share.close-timeout"),
+            lease_timeout_seconds=_seconds("share.lease-timeout"),
         )
 
     def budget_bytes(self, total_bytes: int) -> int:

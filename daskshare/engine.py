@@ -31,6 +31,8 @@ __all__ = ["EngineStats", "InferenceEngine"]
 
 logger = logging.getLogger(__name__)
 
+_COMPILER_GRACE_SECONDS = 1.0
+
 _Launch = tuple[int, list[Segment], Group, int, int]
 _Forward = Callable[[torch.Tensor], Any]
 
@@ -211,8 +213,11 @@ class InferenceEngine:
             self._closing = True
             self._queue.refuse(self._closed)
         self._compile_ended.set()
-        for thread in self._threads:
+        for thread in self._threads[:2]:
             thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads[2:]:
+            # A compiler takes no notice of us; an ending worker need not sit it out.
+            thread.join(min(_COMPILER_GRACE_SECONDS, max(0.0, deadline - time.monotonic())))
         with self._lock:
             self._abandoned = True
             self._work.notify_all()
