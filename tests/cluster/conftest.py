@@ -24,7 +24,6 @@ def start(**options) -> LocalCluster:
             "processes": True,
             "dashboard_address": ":0",
             "memory_limit": 0,
-            "silence_logs": False,
             **options,
         }
     )

@@ -11,7 +11,7 @@ import dask
 import numpy as np
 import pytest
 from conftest import TIMEOUT, start
-from distributed import Client, Event, as_completed
+from distributed import Client, Event
 
 import daskshare
 from daskshare.client import SharedModel
@@ -47,6 +47,18 @@ def torch_threads(model):
 
 def call_on(client, workers):
     return {w: client.submit(MODEL, ONES, workers=[w], pure=False).result(TIMEOUT) for w in workers}
+
+
+def workers_when(client, condition):
+    """Addresses of the workers as soon as they meet a condition."""
+
+    async def poll(dask_scheduler):
+        async with asyncio.timeout(TIMEOUT):
+            while not condition(list(dask_scheduler.workers)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return list(dask_scheduler.workers)
+
+    return client.run_on_scheduler(poll)
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +133,9 @@ class TestOneCluster:
         futures = client.map(MODEL, [np.full((1, 2), i) for i in range(40)], pure=False)
         os.kill(before[victim], signal.SIGKILL)
         assert [r[0, 0] for r in client.gather(futures)] == [2.0 * i for i in range(40)]
-        client.wait_for_workers(2, timeout=TIMEOUT)
-        while victim in (workers := client.scheduler_info()["workers"]) or len(workers) < 2:
-            client.wait_for_workers(2, timeout=TIMEOUT)
+        workers = workers_when(client, lambda workers: len(workers) == 2 and victim not in workers)
         assert before[victim] not in client.run(pid).values()
-        assert all(r[0, 0] == 2 for r in call_on(client, list(workers)).values())
+        assert all(r[0, 0] == 2 for r in call_on(client, workers).values())
 
     def test_a_restart_of_all_workers_keeps_the_plugin(self, client):
         client.restart(timeout=TIMEOUT)
@@ -178,7 +188,7 @@ def test_workers_of_one_process_share_one_copy():
         reports = daskshare.stats(client)
         assert [r["loads"] for r in reports.values()] == [1, 1]
         cluster.scale(1)
-        [left] = _wait_for_one_worker(client)
+        [left] = workers_when(client, lambda workers: len(workers) == 1)
         # The worker that left was not the share's last owner.
         assert call_on(client, [left])[left][0, 0] == 2
         assert daskshare.stats(client)[left]["loads"] == 1
@@ -186,20 +196,11 @@ def test_workers_of_one_process_share_one_copy():
     assert not [t for t in threading.enumerate() if t.name.startswith("daskshare-engine")]
 
 
-def _wait_for_one_worker(client):
-    async def until_one(dask_scheduler):
-        while len(dask_scheduler.workers) > 1:
-            await asyncio.sleep(0.01)
-        return list(dask_scheduler.workers)
-
-    return client.run_on_scheduler(until_one)
-
-
 def test_an_asynchronous_client_and_local_cluster():
     async def run():
         async with (
             daskshare.local_cluster(
-                device="cpu", dashboard_address=":0", asynchronous=True, silence_logs=False
+                device="cpu", dashboard_address=":0", asynchronous=True
             ) as cluster,
             Client(cluster, asynchronous=True, set_as_default=False) as client,
         ):
@@ -220,17 +221,13 @@ def test_an_asynchronous_client_and_local_cluster():
 
 def test_many_tasks_race_through_one_engine_and_keep_their_results():
     with (
-        daskshare.local_cluster(
-            processes=False, device="cpu", dashboard_address=":0", silence_logs=False
-        ) as cluster,
+        daskshare.local_cluster(processes=False, device="cpu", dashboard_address=":0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         daskshare.install(client)
-        futures = {
-            client.submit(MODEL, np.full((1 + i % 5, 2), i), pure=False): i for i in range(200)
-        }
-        for future, result in as_completed(futures, with_results=True):
-            i = futures[future]
+        batches = [np.full((1 + i % 5, 2), i) for i in range(200)]
+        results = client.gather(client.map(MODEL, batches, pure=False))
+        for i, result in enumerate(results):
             np.testing.assert_array_equal(result, np.full((1 + i % 5, 2), 2.0 * i))
         [report] = daskshare.stats(client).values()
         assert report["frames"] == sum(1 + i % 5 for i in range(200))
@@ -242,7 +239,6 @@ def test_several_workers_divide_the_cores():
             n_workers=dask.system.CPU_COUNT,
             device="cpu",
             dashboard_address=":0",
-            silence_logs=False,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

@@ -123,7 +123,7 @@ def test_submit_and_map(client):
 def test_delayed(client):
     model = SharedModel(FakeSpec(name="delayed"))
     parts = [dask.delayed(model)(np.full((1, 2), i)) for i in range(4)]
-    assert dask.delayed(sum)(part[0, 0] for part in parts).compute() == 2.0 * (0 + 1 + 2 + 3)
+    assert dask.delayed(sum)([part[0, 0] for part in parts]).compute() == 2.0 * (0 + 1 + 2 + 3)
 
 
 def test_bag_with_default_optimisation(client):
