@@ -10,7 +10,6 @@ import threading
 import dask
 import numpy as np
 import pytest
-from conftest import TIMEOUT, start
 from distributed import Client, Event
 
 import daskshare
@@ -18,6 +17,7 @@ from daskshare.client import SharedModel
 from daskshare.errors import ConfigurationError, NotOnWorkerError
 from daskshare.testing import FakeSpec
 from daskshare.worker_plugin import PLUGIN_NAME, worker_report
+from tests.cluster.conftest import TIMEOUT, start
 
 MODEL = SharedModel(FakeSpec(name="long-lived"))
 ONES = np.ones((1, 2))

@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 import dask.bag as db
 import numpy as np
 import pytest
-from conftest import ROOT, TIMEOUT
 from distributed import Client
-from test_shared_model import Clip, first_pixel
 
 import daskshare
 from daskshare.client import SharedModel
 from daskshare.testing import FakeSpec
 from daskshare.video.chunk import VideoChunk
+from tests.cluster.conftest import ROOT, TIMEOUT
+from tests.cluster.test_shared_model import Clip, first_pixel
 
 SCHEDULER_SCRIPT = str(ROOT / "plugins" / "daskshare_scheduler.py")
 WORKER_SCRIPT = str(ROOT / "plugins" / "daskshare_worker.py")
@@ -29,9 +29,8 @@ def command(*arguments):
 
 
 def environment(*paths):
-    """With what the tests import on the path, after ``paths``."""
-    here = os.path.dirname(__file__)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), str(ROOT), here])}
+    """With daskshare and the tests on the path, after ``paths``."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), str(ROOT)])}
 
 
 @contextmanager

@@ -11,14 +11,15 @@ import dask.array as da
 import dask.bag as db
 import numpy as np
 import pytest
-from conftest import TASK_THREADS, TIMEOUT
 from distributed import wait
 
 import daskshare
 from daskshare.client import SharedModel
 from daskshare.errors import InferenceError, ModelLoadError
-from daskshare.models.spec import FrameBatch
+from daskshare.models.spec import DETECTION_COLUMNS, FrameBatch
 from daskshare.testing import FakeSpec
+from tests.clip import traffic_clip
+from tests.cluster.conftest import TASK_THREADS, TIMEOUT
 
 # On a worker, this module's globals belong to the worker's process.
 LOADS: list[str] = []
@@ -26,21 +27,21 @@ ALL_AT_ONCE = threading.Barrier(TASK_THREADS)
 
 
 def load_and_count(device):
-    import test_shared_model
+    from tests.cluster import test_shared_model
 
     test_shared_model.LOADS.append(str(device))
     return lambda batch: batch * 2
 
 
 def call_together(model, value):
-    import test_shared_model
+    from tests.cluster import test_shared_model
 
     test_shared_model.ALL_AT_ONCE.wait(TIMEOUT)
     return model(np.full((2, 3), value, np.float32))
 
 
 def count_loads():
-    import test_shared_model
+    from tests.cluster import test_shared_model
 
     return len(test_shared_model.LOADS)
 
@@ -211,3 +212,20 @@ def test_a_model_of_torch_modules(client):
     assert out.shape == (20, 3)
     np.testing.assert_allclose(out.sum(axis=1), 1, rtol=1e-5)
     assert [s["model_bytes"] for s in model_stats(client, model).values()] == [(4 * 3 + 3) * 4]
+
+
+def test_real_traffic_becomes_a_dataframe(client):
+    yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "person", "bus", "truck"])
+    chunks = daskshare.read_video(str(traffic_clip()), chunk_seconds=1)
+    frame = chunks.map_partitions(yolo).to_dataframe()
+    assert tuple(frame.columns) == DETECTION_COLUMNS
+    found = frame.get_partition(0).compute()
+    assert dict(found.dtypes) == dict(frame.dtypes)
+    assert set(found["class_name"]) <= {"car", "person", "bus", "truck"}
+    assert len(found) > 0
+    assert found["frame"].is_monotonic_increasing
+    # The table of the same partition made by hand.
+    rows = client.submit(yolo, chunks.to_delayed()[0].compute()).result(timeout=TIMEOUT)
+    assert [row["confidence"] for row in rows] == pytest.approx(
+        found["confidence"].tolist(), abs=1e-3
+    )
