@@ -30,7 +30,8 @@ def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
     Parameters
     ----------
     device : {"auto", "cuda", "cpu"}
-        ``"cpu"`` hides the GPUs from the workers; ``"cuda"`` fails without one.
+        ``"cpu"`` hides the GPUs from the workers, unless they are threads of this process
+        (``processes=False``); ``"cuda"`` fails without one.
     **options
         Passed to the cluster's class, over the defaults above; for example ``n_workers``,
         ``threads_per_worker``, ``memory_limit`` (bytes of host memory of one worker),

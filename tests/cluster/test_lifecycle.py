@@ -14,7 +14,7 @@ from distributed import Client, Event
 
 import daskshare
 from daskshare.client import SharedModel
-from daskshare.errors import ConfigurationError, NotOnWorkerError
+from daskshare.errors import NotOnWorkerError
 from daskshare.testing import FakeSpec
 from daskshare.worker_plugin import PLUGIN_NAME, worker_report
 from tests.cluster.conftest import TIMEOUT, start
@@ -244,11 +244,3 @@ def test_several_workers_divide_the_cores():
     ):
         daskshare.install(client)
         assert client.submit(torch_threads, MODEL).result(TIMEOUT) == 1
-
-
-def test_a_cluster_of_gpus_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(ConfigurationError, match="no NVIDIA GPU is visible"):
-        daskshare.local_cluster(device="cuda")
-    with pytest.raises(ConfigurationError, match="'tpu'"):
-        daskshare.local_cluster(device="tpu")
