@@ -284,7 +284,7 @@ class InferenceEngine:
                         return self._free_slots.popleft(), *taken, num_items, padded_size
                     if taken is not None:
                         continue
-                    if idle and self._closing:
+                    if idle and self._closing and not self._batcher.num_items:
                         return None
                     wake_seconds = self._batcher.deadline()
                 self._work.wait(
