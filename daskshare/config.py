@@ -12,7 +12,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["EngineOptions", "ShareOptions", "VideoOptions"]
+__all__ = ["EngineOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
 
 
 def _load_defaults() -> None:
@@ -118,6 +118,8 @@ class ShareOptions:
         Bytes (``int``), or a fraction of the device's memory (``float`` in (0, 1]).
     load_threads : int
         Models loading at once on one device.
+    lease_timeout_seconds : float
+        How long a load waits for a lease to end when models in use fill the budget.
     close_timeout_seconds : float
         Bound of a shutdown.
     """
@@ -125,6 +127,7 @@ class ShareOptions:
     memory_limit: int | float = 0.8
     load_threads: int = 2
     close_timeout_seconds: float = 10.0
+    lease_timeout_seconds: float = 60.0
 
     @classmethod
     def from_config(cls) -> Self:
@@ -155,6 +158,7 @@ class ShareOptions:
             memory_limit=limit,
             load_threads=_integer("share.load-threads"),
             close_timeout_seconds=_seconds("share.close-timeout"),
+            lease_timeout_seconds=_seconds("share.lease-timeout"),
         )
 
     def budget_bytes(self, total_bytes: int) -> int:
@@ -200,3 +204,29 @@ class VideoOptions:
             requests_in_flight=_integer("video.requests-in-flight"),
             decoder=_choice("video.decoder", ("auto", "nvdec", "pyav")),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a Dask worker runs its models.
+
+    Parameters
+    ----------
+    torch_threads : int or None
+        Threads that torch computes with on a worker without a GPU; ``None``: as many as the
+        worker has task threads, and no more than the cores that the process may use.
+    """
+
+    torch_threads: int | None = None
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.worker`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        threads = _get("worker.torch-threads")
+        return cls(torch_threads=None if threads is None else _integer("worker.torch-threads"))

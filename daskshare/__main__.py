@@ -1,0 +1,5 @@
+"""``python -m daskshare``: the command line."""
+
+from daskshare.cli import main
+
+main()

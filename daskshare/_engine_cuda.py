@@ -1,0 +1,312 @@
+"""How a batch is run on a CUDA device: three streams, two or more slots, one graph replay a batch.
+
+The engine's thread enqueues, for each batch: transfers of the callers' page-locked memory into the
+slot's input buffer (copy-in stream), one CUDA graph that runs the model and copies its outputs into
+the slot's output buffers (compute stream), and the transfer of these into page-locked memory
+(copy-out stream). Events order the streams; only the collector's thread waits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+
+from daskshare._engine_request import Group, HostOutputs, Piece, Segment, host_dtype
+from daskshare._engine_runner import Flight, Forwards, repeat_first_row
+from daskshare._engine_staging import Arena, byte_view
+from daskshare.device import Device
+from daskshare.models.spec import Program
+
+__all__ = ["CudaRunner"]
+
+logger = logging.getLogger(__name__)
+
+# Models whose inputs come in ever new shapes would otherwise capture without end.
+_MAX_GRAPHS_PER_SLOT = 16
+
+
+class _Buffers:
+    """Where a slot's outputs go: device memory, its page-locked copy, and that as arrays."""
+
+    def __init__(self, structure: Any, leaves: Sequence[torch.Tensor]) -> None:
+        self.structure = structure
+        self.form = _form(leaves)
+        self.device = [
+            torch.empty(leaf.shape, dtype=host_dtype(leaf.dtype), device=leaf.device)
+            for leaf in leaves
+        ]
+        self.host = [
+            torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True) for leaf in self.device
+        ]
+        self.arrays: list[np.ndarray] = [leaf.numpy() for leaf in self.host]
+
+    def fits(self, structure: Any, leaves: Sequence[torch.Tensor]) -> bool:
+        return self.structure == structure and self.form == _form(leaves)
+
+    def store(self, leaves: Sequence[torch.Tensor]) -> None:
+        for target, leaf in zip(self.device, leaves, strict=True):
+            target.copy_(leaf, non_blocking=True)
+
+
+class _Slot:
+    def __init__(self) -> None:
+        self.block: torch.Tensor | None = None
+        self.graphs: dict[tuple[Group, int], tuple[torch.cuda.CUDAGraph, _Buffers]] = {}
+        self.buffers: dict[tuple[Group, int], _Buffers] = {}
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # A blocking event: the collector sleeps in the driver instead of spinning on a core.
+        self.done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self.graphs.clear()
+        self.buffers.clear()
+        self.block = None
+
+
+class CudaRunner:
+    """Runs batches on one CUDA device.
+
+    Parameters
+    ----------
+    program : Program
+        The loaded model.
+    device : Device
+        Where it is.
+    slots : int
+        Batches in flight at once.
+    max_rows : int
+        Rows of the largest batch.
+    cuda_graphs : bool
+        Whether to capture ``program.forward`` where it allows that.
+    """
+
+    stages = True
+
+    def __init__(
+        self, program: Program, device: Device, *, slots: int, max_rows: int, cuda_graphs: bool
+    ) -> None:
+        self.forwards = Forwards(program)
+        self.graph_error = ""
+        self._device = device.torch_device()
+        self._max_rows = max_rows
+        self._use_graphs = cuda_graphs and program.graph_capturable
+        self._last_group: Group | None = None
+        self._warm: set[tuple[Group, int]] = set()
+        with torch.cuda.device(self._device):
+            self._copy_in = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._copy_out = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._slots = [_Slot() for _ in range(slots)]
+        self._pool: Any = None
+
+    @property
+    def num_graphs(self) -> int:
+        return sum(len(slot.graphs) for slot in self._slots)
+
+    def activate(self) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(torch.cuda.device(self._device))
+        stack.enter_context(torch.inference_mode())
+        return stack
+
+    def launch(
+        self, slot: int, segments: list[Segment], group: Group, num_items: int, padded_size: int
+    ) -> Flight:
+        state = self._slots[slot]
+        batch = self._input(state, group, padded_size)
+        self._last_group = group
+        with torch.cuda.stream(self._copy_in):
+            self._gather(batch, segments, group, self._copy_in)
+            state.copied.record(self._copy_in)
+        with torch.cuda.stream(self._compute):
+            self._compute.wait_event(state.copied)
+            buffers = self._run(state, (group, padded_size), batch)
+            state.computed.record(self._compute)
+        with torch.cuda.stream(self._copy_out):
+            self._copy_out.wait_event(state.computed)
+            for host, device in zip(buffers.host, buffers.device, strict=True):
+                host[:num_items].copy_(device[:num_items], non_blocking=True)
+            state.done.record(self._copy_out)
+        outputs = HostOutputs(buffers.structure, buffers.arrays)
+        return Flight(slot, segments, num_items, padded_size, outputs)
+
+    def collect(self, flight: Flight) -> HostOutputs:
+        self._slots[flight.slot].done.synchronize()
+        return flight.outputs
+
+    def run_now(
+        self, segments: Sequence[Segment], group: Group, num_items: int, padded_size: int
+    ) -> HostOutputs:
+        with torch.cuda.stream(self._compute):
+            batch = torch.empty((padded_size, *group.shape), dtype=group.dtype, device=self._device)
+            self._gather(batch, segments, group, self._compute)
+            repeat_first_row(batch, num_items)
+            structure, leaves = self.forwards(batch)
+            arrays = [leaf.to(host_dtype(leaf.dtype)).numpy(force=True) for leaf in leaves]
+        self._compute.synchronize()
+        return HostOutputs(structure, arrays)
+
+    def install(self, compiled: Callable[[torch.Tensor], Any], batch_size: int) -> None:
+        for state in self._slots:
+            for key in [k for k in state.graphs if k[1] == batch_size]:
+                del state.graphs[key]
+        self._warm = {key for key in self._warm if key[1] != batch_size}
+        self.forwards.install(compiled, batch_size)
+        if self._last_group is None or not self._use_graphs or batch_size > self._max_rows:
+            return
+        # Captured now rather than in the middle of a batch's way.
+        key = (self._last_group, batch_size)
+        with torch.cuda.stream(self._compute):
+            for state in self._slots:
+                for _ in range(2):
+                    self._run(state, key, self._input(state, self._last_group, batch_size))
+        self._compute.synchronize()
+
+    def shrink(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._compute.synchronize()
+        for state in self._slots:
+            state.clear()
+        self._warm.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
+    def check_device(self) -> None:
+        # An illegal address or a device-side assert makes every later call fail.
+        for stream in (self._copy_in, self._compute, self._copy_out):
+            stream.synchronize()
+
+    def release(self) -> None:
+        for state in self._slots:
+            state.clear()
+        self._warm.clear()
+        self._pool = None
+        self.forwards.remove()
+        self.check_device()
+        torch.cuda.empty_cache()
+
+    def _input(self, state: _Slot, group: Group, rows: int) -> torch.Tensor:
+        num_bytes = max(rows, self._max_rows) * group.item_bytes
+        if state.block is None or state.block.numel() < rows * group.item_bytes:
+            # The graphs hold the old block's address.
+            state.graphs.clear()
+            state.block = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+            # Written next on the copy-in stream, zeroed on this thread's current one.
+            torch.cuda.current_stream(self._device).synchronize()
+        return byte_view(state.block, 0, rows, group.shape, group.dtype)
+
+    def _gather(
+        self,
+        batch: torch.Tensor,
+        segments: Sequence[Segment],
+        group: Group,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        row = 0
+        for source, piece in _coalesced(segments, group):
+            if piece is not None and piece.ready is not None:
+                stream.wait_event(piece.ready)
+                source.record_stream(stream)
+            count = source.shape[0]
+            batch[row : row + count].copy_(source, non_blocking=True)
+            row += count
+
+    def _run(self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor) -> _Buffers:
+        captured = state.graphs.get(key)
+        if captured is None and self._may_capture(state, key):
+            captured = self._capture(state, key, batch)
+        if captured is not None:
+            captured[0].replay()
+            return captured[1]
+        structure, leaves = self.forwards(batch)
+        buffers = state.buffers.get(key)
+        if buffers is None or not buffers.fits(structure, leaves):
+            if len(state.buffers) >= _MAX_GRAPHS_PER_SLOT:
+                state.buffers.clear()
+            buffers = state.buffers[key] = _Buffers(structure, leaves)
+        buffers.store(leaves)
+        # The next batch of this kind may be captured: kernels are loaded, workspaces allocated.
+        self._warm.add(key)
+        return buffers
+
+    def _may_capture(self, state: _Slot, key: tuple[Group, int]) -> bool:
+        return (
+            self._use_graphs
+            and not self.graph_error
+            and key in self._warm
+            and len(state.graphs) < _MAX_GRAPHS_PER_SLOT
+        )
+
+    def _capture(
+        self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, _Buffers] | None:
+        buffers = state.buffers.get(key)
+        if buffers is None:
+            # This slot has not run such a batch: one eager run tells the outputs' form.
+            structure, leaves = self.forwards(batch)
+            buffers = state.buffers[key] = _Buffers(structure, leaves)
+            del leaves
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # All graphs share one pool, which is safe only because they replay one after another
+            # on one stream and leave nothing in it: outputs are copied to the slot's buffers
+            # inside the graph. thread_local: callers may allocate meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._compute,
+                capture_error_mode="thread_local",
+            ):
+                structure, leaves = self.forwards(batch)
+                if not buffers.fits(structure, leaves):
+                    raise RuntimeError("the model's outputs change their form between batches")
+                buffers.store(leaves)
+                del leaves
+        except Exception as error:
+            self.graph_error = f"{type(error).__name__}: {error}"
+            logger.warning("No CUDA graph, the model runs eagerly: %s", self.graph_error)
+            self.check_device()
+            return None
+        state.graphs[key] = (graph, buffers)
+        return state.graphs[key]
+
+
+def _coalesced(
+    segments: Sequence[Segment], group: Group
+) -> list[tuple[torch.Tensor, Piece | None]]:
+    """Sources of a batch's rows; neighbours in staging memory become one, without a piece."""
+    sources: list[tuple[torch.Tensor, Piece | None]] = []
+    arena: Arena | None = None
+    first = last = 0
+
+    def flush() -> None:
+        if arena is not None:
+            rows = (last - first) // max(1, group.item_bytes)
+            sources.append((byte_view(arena.tensor, first, rows, group.shape, group.dtype), None))
+
+    for segment in segments:
+        cells = segment.piece.cells
+        if cells is None:
+            flush()
+            arena = None
+            sources.append((segment.items, segment.piece))
+            continue
+        start, stop = cells.range(segment.start, segment.stop)
+        if cells.arena is not arena or start != last:
+            flush()
+            arena, first = cells.arena, start
+        last = stop
+    flush()
+    return sources
+
+
+def _form(leaves: Sequence[torch.Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -1,0 +1,247 @@
+"""The command ``daskshare``. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from daskshare.errors import DaskshareError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["main"]
+
+#: Exit statuses beside 0 and click's 2 for wrong usage.
+EXIT_FAILED = 1
+EXIT_CHUNKS_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns daskshare's errors into one message, and Ctrl-C into advice."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DaskshareError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(EXIT_FAILED)
+        except KeyboardInterrupt as error:
+            notes = getattr(error, "__notes__", [])
+            click.echo("\n".join(["Stopped.", *notes]), err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _terminate_like_interrupt() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, end a run as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        import daskshare
+
+        click.echo(f"daskshare {daskshare.__version__}")
+        ctx.exit()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
+def main() -> None:
+    """One copy of a model on each GPU, shared by every concurrent task of a Dask cluster."""
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise click.BadParameter(f"{value!r} holds an empty name; expected car,bus for example.")
+    return names
+
+
+@main.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the results.")
+@click.option("--model", default=None, help="Model by name.  [default: yolov3-tiny]")
+@click.option("--cfg", type=click.Path(), help="Darknet cfg of a network of your own.")
+@click.option("--weights", type=click.Path(), help="Its weights: Darknet or safetensors.")
+@click.option("--names", type=click.Path(), help="Its class names, one a line.")
+@click.option("--input-size", type=click.IntRange(min=1), help="Side of the network's input.")
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0, 1),
+    default=0.25,
+    show_default=True,
+    help="Least confidence of a detection.",
+)
+@click.option(
+    "--iou",
+    type=click.FloatRange(0, 1),
+    default=0.45,
+    show_default=True,
+    help="Boxes of a class that overlap more are one object.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of the network.  [default: fp16 on a GPU, fp32 on a CPU]",
+)
+@click.option("--classes", callback=_names, help="Only these, such as car,bus.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Largest batch, frames.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Worker processes of the local cluster."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Tasks at once in each of them.")
+@click.option(
+    "--chunk-seconds",
+    type=click.FloatRange(0, min_open=True),
+    help="Aim for the length of a task's piece of video.  [default: 10]",
+)
+@click.option("--annotate", is_flag=True, help="Also write videos with boxes, sheets, plots.")
+@click.option("--overwrite", is_flag=True, help="Do everything again.")
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="Draw a progress bar.  [default: on a terminal]",
+)
+@click.pass_context
+def detect(
+    ctx: click.Context,
+    paths: tuple[str, ...],
+    output: str,
+    model: str | None,
+    cfg: str | None,
+    weights: str | None,
+    names: str | None,
+    input_size: int | None,
+    confidence: float,
+    iou: float,
+    precision: str | None,
+    classes: list[str] | None,
+    batch_size: int | None,
+    scheduler: str | None,
+    workers: int | None,
+    threads: int | None,
+    chunk_seconds: float | None,
+    annotate: bool,
+    overwrite: bool,
+    progress: bool | None,
+) -> None:
+    """Find objects in videos (files, folders, globs, URLs) and write them as Parquet.
+
+    OUTPUT/detections/*.parquet gets one row a detection, OUTPUT/chunks.parquet one row a piece of
+    video. Run the same command again after an interruption: only what is missing is done.
+
+    Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
+    command tries them again); 130 interrupted.
+    """
+    if scheduler is not None and (workers is not None or threads is not None):
+        raise click.UsageError("--workers and --threads shape a local cluster; drop --scheduler.")
+    from daskshare.client import yolov3
+    from daskshare.results.detect import detect_on
+    from daskshare.results.summary import describe
+
+    shared = yolov3(
+        model or "yolov3-tiny",
+        cfg=cfg,
+        weights=weights,
+        names=names,
+        input_size=input_size,
+        precision=precision,
+        confidence_threshold=confidence,
+        iou_threshold=iou,
+        classes=classes,
+        max_batch_size=batch_size,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminate_like_interrupt())
+        summary = detect_on(
+            lambda: _connect(stack, scheduler, workers, threads),
+            list(paths),
+            shared,
+            output,
+            chunk_seconds=chunk_seconds,
+            annotate=annotate,
+            overwrite=overwrite,
+            progress=sys.stderr.isatty() if progress is None else progress,
+        )
+    click.echo(str(summary))
+    for path in summary.annotated:
+        click.echo(f"  wrote {path}")
+    if summary.failed:
+        click.echo(
+            f"Error: {len(summary.failed)} of {summary.chunks} pieces of video failed, first "
+            f"{describe(summary.failed[0])}. {summary.chunks_path} lists all; the same command "
+            "tries them again.",
+            err=True,
+        )
+        ctx.exit(EXIT_CHUNKS_FAILED)
+
+
+def _connect(
+    stack: contextlib.ExitStack, scheduler: str | None, workers: int | None, threads: int | None
+) -> Client:
+    from distributed import Client
+
+    from daskshare.cluster import local_cluster
+
+    client: Client
+    if scheduler is not None:
+        try:
+            client = stack.enter_context(Client(scheduler, set_as_default=False))
+        except (OSError, ValueError) as error:
+            raise DaskshareError(
+                f"No Dask scheduler answers at {scheduler!r}: {error}. Give its address, such as "
+                "tcp://10.0.0.5:8786, or leave --scheduler out to work on this machine.",
+                scheduler=scheduler,
+            ) from error
+    else:
+        shape: dict[str, Any] = {"n_workers": workers, "threads_per_worker": threads}
+        cluster = local_cluster(**{name: n for name, n in shape.items() if n is not None})
+        client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
+    return client
+
+
+@main.command()
+@click.argument("name")
+def fetch(name: str) -> None:
+    """Download a model's weights (yolov3, yolov3-spp, yolov3-tiny) and print where they lie."""
+    from daskshare.models.fetch import fetch as fetch_weights
+
+    click.echo(str(fetch_weights(name)))
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the results.",
+)
+def demo(output: Path) -> None:
+    """Find cars, buses and people in a real clip, with tasks that share one model."""
+    from daskshare.demo import run_demo
+
+    with _terminate_like_interrupt():
+        run_demo(output)

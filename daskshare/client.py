@@ -1,0 +1,410 @@
+"""What a user's program calls: install(), SharedModel and the functions that make one, stats()."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from daskshare.errors import ConfigurationError, InvalidInputError, NotOnWorkerError
+from daskshare.models.spec import Detections, FrameSource, ModelSpec
+from daskshare.models.torch_model import torch_model_spec
+from daskshare.scheduler_plugin import install_on_scheduler
+from daskshare.streaming import stream
+from daskshare.worker_plugin import current_task, local_share, worker_report_async
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from distributed import Client
+
+    from daskshare.share import Lease
+
+__all__ = ["SharedModel", "install", "share", "stats", "yolov3"]
+
+
+class SharedModel:
+    """Handle of a model of which each worker keeps one copy; call it inside Dask tasks.
+
+    Making, pickling or comparing one loads nothing. The first task that calls it on a worker loads
+    the model there; all tasks' inputs are batched together.
+
+    Parameters
+    ----------
+    spec : ModelSpec
+        Which model.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+        As given.
+    name, key : str
+        The spec's. Handles of equal keys are equal and share one copy.
+
+    Examples
+    --------
+    >>> yolo = daskshare.yolov3("yolov3-tiny")                       # doctest: +SKIP
+    >>> client.submit(yolo, frames).result()                         # doctest: +SKIP
+    [Detections(...), Detections(...)]
+    """
+
+    __slots__ = ("__name__", "__qualname__", "spec")
+
+    #: By this, the scheduler knows a task that needs a model.
+    __daskshare_model__ = True
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        # Dask names tasks after the function's __name__.
+        self.__name__ = self.__qualname__ = spec.name
+
+    @property
+    def name(self) -> str:
+        """The model's name, for people."""
+        return self.spec.name
+
+    @property
+    def key(self) -> str:
+        """Digest of all that decides what the model computes."""
+        return self.spec.key
+
+    def __call__(self, inputs: Any, *, computing_meta: bool = False) -> Any:
+        """Run the model on ``inputs``; blocks until the results are there.
+
+        Parameters
+        ----------
+        inputs : array, tensor, list of arrays, FrameSource, or iterable of FrameSources
+            For YOLO-v3, frames: uint8, shape (n, height, width, 3), RGB; or a list of frames
+            (height, width, 3) of any sizes. NumPy, torch or CuPy; memory of the worker's own
+            device is read in place. Or video: a chunk, or a list or iterator of chunks (a
+            partition of :func:`daskshare.read_video`'s bag). For models of
+            :func:`daskshare.share`: whatever numbers the model takes, items first.
+        computing_meta : bool
+            Dask sets it when it tries a function on empty data; refused.
+
+        Returns
+        -------
+        object
+            For frames, a list of :class:`~daskshare.models.spec.Detections`, one a frame. For
+            video, a list of dicts, one an object found, with keys
+            :data:`~daskshare.models.spec.DETECTION_COLUMNS`. For other models, NumPy arrays in the
+            structure that the model gives; on video, dicts with keys ``video``, ``frame``,
+            ``pts_seconds`` and ``output``, one a frame.
+
+        Raises
+        ------
+        NotOnWorkerError
+            Outside a task, or on a worker that daskshare is not installed on.
+        InvalidInputError
+            When the model does not take such inputs.
+        ModelError
+            When the model cannot be loaded; the next call tries again.
+        InferenceError
+            When the model failed on one of these inputs.
+
+        Notes
+        -----
+        Runs in the task's thread on a worker, any number at once. A video that cannot be read, or
+        only in part, raises nothing: the rows end earlier, a warning is logged, and
+        :func:`daskshare.stats` counts it under ``chunks``.
+        """
+        if computing_meta:
+            raise NotOnWorkerError("A shared model has no result for empty data; give `meta`.")
+        if hasattr(inputs, "__dask_graph__"):
+            raise InvalidInputError(
+                f"Model {self.name!r} got a Dask collection ({type(inputs).__name__}); expected "
+                "data. Map the model over the collection instead: array.map_blocks(model, "
+                "dtype=...), bag.map_partitions(model), or dask.delayed(model)(part)."
+            )
+        local = local_share()
+        sources, inputs = _as_sources(inputs)
+        with local.lease(self.spec) as lease:
+            if sources is None:
+                return lease.infer(inputs, task=current_task())
+            return list(_rows(lease, sources))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SharedModel) and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash((SharedModel, self.key))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SharedModel, (self.spec,)
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return "daskshare.SharedModel", self.key
+
+    def __repr__(self) -> str:
+        return f"SharedModel({self.name!r}, key={self.key[:8]})"
+
+
+def _as_sources(inputs: Any) -> tuple[Iterable[FrameSource] | None, Any]:
+    """Tell video from other inputs: (sources, ...) or (None, the inputs)."""
+    if isinstance(inputs, FrameSource):
+        return [inputs], None
+    if isinstance(inputs, Iterator):
+        first = list(itertools.islice(inputs, 1))
+        if not first or isinstance(first[0], FrameSource):
+            return itertools.chain(first, inputs), None
+        return None, [*first, *inputs]
+    if isinstance(inputs, (list, tuple)) and (not inputs or isinstance(inputs[0], FrameSource)):
+        return inputs, None
+    return None, inputs
+
+
+def _rows(lease: Lease, sources: Iterable[FrameSource]) -> Iterator[dict[str, Any]]:
+    task = current_task()
+    for source in sources:
+        with stream(lease, source, task=task) as batches:
+            for batch, results in batches:
+                times = batch.pts_seconds.tolist()
+                for i, pts_seconds in enumerate(times):
+                    at = {
+                        "video": source.video,
+                        "frame": batch.first_frame + i,
+                        "pts_seconds": pts_seconds,
+                    }
+                    if isinstance(results, list) and isinstance(results[i], Detections):
+                        yield from _detection_rows(at, results[i])
+                    else:
+                        yield {**at, "output": _item(results, i)}
+
+
+def _detection_rows(at: dict[str, Any], detections: Detections) -> Iterator[dict[str, Any]]:
+    objects = zip(
+        detections.class_id.tolist(),
+        detections.names(),
+        detections.confidence.tolist(),
+        detections.xyxy.tolist(),
+        strict=True,
+    )
+    for class_id, class_name, confidence, (x_min, y_min, x_max, y_max) in objects:
+        yield {
+            **at,
+            "class_id": class_id,
+            "class_name": class_name,
+            "confidence": confidence,
+            "x_min": x_min,
+            "y_min": y_min,
+            "x_max": x_max,
+            "y_max": y_max,
+        }
+
+
+def _item(outputs: Any, index: int) -> Any:
+    if isinstance(outputs, dict):
+        return {name: _item(value, index) for name, value in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return [_item(value, index) for value in outputs]
+    return outputs[index]
+
+
+def share(
+    load: Callable[[torch.device], Callable[[torch.Tensor], Any]],
+    *,
+    name: str,
+    max_batch_size: int | None = None,
+    batch_sizes: Sequence[int] = (),
+    input_dtype: str | None = None,
+    cuda_graph: bool = False,
+    version: str | None = None,
+) -> SharedModel:
+    """Share any torch model: each worker keeps one copy of what ``load`` returns.
+
+    Parameters
+    ----------
+    load : callable
+        ``load(device) -> model``: called once on each worker with a ``torch.device``; returns a
+        ``torch.nn.Module`` (moved there and set to ``eval()``) or another callable. The model is
+        called with a batch tensor on the device, in inference mode, always by the same thread,
+        and returns a tensor, or a tuple, list or dict of tensors, each with the batch as its first
+        axis. An item's outputs must not depend on the other items of its batch (no batch
+        statistics); :func:`daskshare.testing.check_loader` tries that.
+    name : str
+        For people: in messages, statistics, names of tasks.
+    max_batch_size : int, optional
+        Largest batch, items. Default 32.
+    batch_sizes : sequence of int, optional
+        Sizes to which batches are padded (with zeros); for models that are slow on every new size.
+    input_dtype : str, optional
+        Dtype to which batches are converted on the device, "float16" for example; so uint8 items
+        travel as uint8. Default: as they come.
+    cuda_graph : bool
+        Whether to capture a CUDA graph for each batch size (powers of two by default). The model
+        must then do the same work for all inputs of a shape and never wait for the GPU.
+    version : str, optional
+        Names what ``load`` loads, in place of looking into it; see Notes.
+
+    Returns
+    -------
+    SharedModel
+        Callable inside tasks on an array or tensor (items, ...) or a list of equally shaped
+        arrays; gives NumPy arrays in the structure that the model returns.
+
+    Raises
+    ------
+    ConfigurationError
+        When an option is wrong or ``load`` cannot be pickled.
+
+    Notes
+    -----
+    Runs in the client. ``load`` is pickled with cloudpickle at once and unpickled on workers only.
+    Two models are one when name, options and the pickled bytes of ``load`` agree. These bytes have
+    limits: a function imported from a module is pickled by its name, so a change of the module, or
+    of a weights file that it reads, does not show; a function of a notebook or script is pickled
+    by value, and may give other bytes in another run of Python. Give ``version`` (the weights'
+    digest, a date) where either matters: it then counts instead of the bytes.
+
+    Examples
+    --------
+    >>> def load(device):                                            # doctest: +SKIP
+    ...     model = torchvision.models.resnet50(weights="DEFAULT")
+    ...     return model.to(device)
+    >>> resnet = daskshare.share(load, name="resnet50")              # doctest: +SKIP
+    >>> client.submit(resnet, images).result().shape                 # doctest: +SKIP
+    (8, 1000)
+    """
+    return SharedModel(
+        torch_model_spec(
+            load,
+            name=name,
+            max_batch_size=max_batch_size,
+            batch_sizes=tuple(batch_sizes),
+            input_dtype=input_dtype,
+            cuda_graph=cuda_graph,
+            version=version,
+        )
+    )
+
+
+def yolov3(
+    name: str = "yolov3",
+    *,
+    cfg: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    names: str | os.PathLike[str] | None = None,
+    input_size: int | None = None,
+    precision: str | None = None,
+    confidence_threshold: float = 0.25,
+    iou_threshold: float = 0.45,
+    classes: Sequence[str] | None = None,
+    max_batch_size: int | None = None,
+) -> SharedModel:
+    """Share a detector of the YOLO-v3 family.
+
+    Takes the parameters of :func:`daskshare.models.yolov3.yolov3_spec`, which describes them.
+
+    Returns
+    -------
+    SharedModel
+        Callable inside tasks on frames and on video.
+
+    Raises
+    ------
+    DaskshareError
+        When an option or a file is wrong.
+
+    Examples
+    --------
+    >>> yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus"])   # doctest: +SKIP
+    """
+    from daskshare.models.yolov3 import yolov3_spec
+
+    return SharedModel(
+        yolov3_spec(
+            name,
+            cfg=cfg,
+            weights=weights,
+            names=names,
+            input_size=input_size,
+            precision=precision,
+            confidence_threshold=confidence_threshold,
+            iou_threshold=iou_threshold,
+            classes=classes,
+            max_batch_size=max_batch_size,
+        )
+    )
+
+
+def install(client: Client) -> Any:
+    """Install daskshare on a Dask cluster: a plugin on the scheduler and one on each worker.
+
+    Workers that join later get it too. Calling it again, from any client, changes nothing.
+    Running tasks are not disturbed.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected; with ``asynchronous=True``, await what this returns.
+
+    Raises
+    ------
+    ConfigurationError
+        When the scheduler or a worker has no daskshare.
+
+    Notes
+    -----
+    Not needed on clusters started with one of the preload scripts in ``plugins/``. Loads no model.
+    """
+    return _client(client).sync(_install, client)
+
+
+async def _install(client: Client) -> None:
+    try:
+        await client.run_on_scheduler(install_on_scheduler)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"Dask's scheduler could not import daskshare ({error}); expected it to be installed "
+            "there. Install the same version on scheduler, workers and client.",
+            reason=str(error),
+        ) from error
+
+
+def stats(client: Client) -> Any:
+    """Ask all workers what their models have done so far.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected; with ``asynchronous=True``, await what this returns.
+
+    Returns
+    -------
+    dict of str to dict
+        By worker address: ``state`` ("ready", "starting", "failed" with a ``reason``, or "absent"
+        without the plugin), ``device``, ``models`` (by key, each with name, state, loads, frames,
+        batches, mean_batch_size, model_bytes), the totals of ``loads``, ``frames``, ``batches``,
+        ``mean_batch_size`` and ``model_bytes``, and ``chunks``: videos' chunks by outcome and
+        decoder. Plain JSON-able data.
+
+    Notes
+    -----
+    Asked now, not taken from heartbeats; works also where only the workers have a plugin. Workers
+    that share one process share one copy of each model, and each reports all of it.
+    """
+    return _client(client).sync(_stats, client)
+
+
+async def _stats(client: Client) -> dict[str, dict[str, Any]]:
+    answers = await client.run(worker_report_async, on_error="return")
+    return {
+        address: (
+            {"state": "failed", "reason": f"{type(answer).__name__}: {answer}", "models": {}}
+            if isinstance(answer, Exception)
+            else answer
+        )
+        for address, answer in answers.items()
+    }
+
+
+def _client(client: Any) -> Client:
+    from distributed import Client
+
+    if not isinstance(client, Client):
+        raise ConfigurationError(
+            f"Got {type(client).__name__}; expected a distributed.Client. Pass Client(cluster).",
+            option="client",
+        )
+    return client

@@ -1,0 +1,108 @@
+"""A Dask cluster on this machine that suits shared models."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from dask.system import CPU_COUNT
+
+from daskshare.config import WorkerOptions
+from daskshare.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from distributed import LocalCluster
+
+__all__ = ["GPU_TASK_THREADS", "local_cluster"]
+
+#: Tasks at once on a GPU's worker: enough decoders to keep the GPU busy.
+GPU_TASK_THREADS = 16
+
+
+def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
+    """Start a Dask cluster on this machine, for ``Client(daskshare.local_cluster())``.
+
+    With NVIDIA GPUs: ``dask_cuda.LocalCUDACluster``, one worker process for each GPU with 16 task
+    threads. Without: ``distributed.LocalCluster`` with one worker process, because a process keeps
+    one copy of a model, and twice as many task threads as cores (4 to 16), because tasks mostly
+    wait for the one thread that computes with all cores.
+
+    Parameters
+    ----------
+    device : {"auto", "cuda", "cpu"}
+        ``"cpu"`` hides the GPUs from the workers; ``"cuda"`` fails without one.
+    **options
+        Passed to the cluster's class, over the defaults above; for example ``n_workers``,
+        ``threads_per_worker``, ``memory_limit`` (bytes of host memory of one worker),
+        ``dashboard_address``, ``CUDA_VISIBLE_DEVICES`` (GPUs). With several workers without a
+        GPU, torch's threads are divided among them.
+
+    Returns
+    -------
+    distributed.LocalCluster
+        Running; a context manager.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unknown device, ``device="cuda"`` without a GPU, or GPUs without dask-cuda.
+
+    Notes
+    -----
+    Workers inherit this process's Dask configuration, ``daskshare.engine`` for example, as it is
+    now. Does not import torch, and does not touch the GPUs beyond counting them. Memory limits are
+    Dask's own: all of the machine's memory for one worker, its part of it for each of several. The
+    device's memory is watched by each worker's ModelShare (``daskshare.share.memory-limit``).
+    """
+    if device not in ("auto", "cuda", "cpu"):
+        raise ConfigurationError(
+            f"Got device={device!r}; expected 'auto', 'cuda' or 'cpu'.", option="device"
+        )
+    gpus = 0 if device == "cpu" else _count_gpus()
+    if device == "cuda" and not gpus:
+        raise ConfigurationError(
+            "Got device='cuda' on a machine where no NVIDIA GPU is visible. Check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or use device='cpu'.",
+            option="device",
+        )
+    return _cuda_cluster(options) if gpus else _cpu_cluster(options, hide_gpus=device == "cpu")
+
+
+def _count_gpus() -> int:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return 0
+    from distributed.diagnostics import nvml
+
+    return int(nvml.device_get_count())
+
+
+def _cuda_cluster(options: dict[str, Any]) -> LocalCluster:
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise ConfigurationError(
+            f"This machine has a GPU, but dask-cuda cannot be imported ({error}). Install "
+            "daskshare[gpu], or leave the GPU alone with local_cluster(device='cpu').",
+            option="device",
+        ) from error
+    cluster: LocalCluster = LocalCUDACluster(**{"threads_per_worker": GPU_TASK_THREADS, **options})
+    return cluster
+
+
+def _cpu_cluster(options: dict[str, Any], *, hide_gpus: bool) -> LocalCluster:
+    from distributed import LocalCluster
+
+    workers: int = options.setdefault("n_workers", 1)
+    options.setdefault("processes", True)
+    options.setdefault("threads_per_worker", min(16, max(4, 2 * CPU_COUNT // max(1, workers))))
+    if options["processes"]:
+        # There are more task threads than cores, so each worker's own rule would take all cores.
+        if WorkerOptions.from_config().torch_threads is None:
+            threads = max(1, CPU_COUNT // max(1, workers))
+            options["config"] = {
+                "daskshare.worker.torch-threads": threads,
+                **options.get("config", {}),
+            }
+        if hide_gpus:
+            options["env"] = {**options.get("env", {}), "CUDA_VISIBLE_DEVICES": ""}
+    return LocalCluster(**options)

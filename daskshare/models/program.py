@@ -1,0 +1,279 @@
+"""YOLO-v3 loaded on one device: from what callers hand in to detections, as an engine drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from daskshare.errors import InvalidInputError
+from daskshare.kernels.postprocess import greedy_nms, greedy_nms_cuda
+from daskshare.kernels.preprocess import (
+    Letterbox,
+    letterbox_cuda,
+    letterbox_host,
+    letterbox_kernel,
+)
+from daskshare.models.network import YoloNetwork, compile_network
+from daskshare.models.nms import greedy_nms_host
+from daskshare.models.spec import Detections, Prepared
+
+__all__ = ["MAX_DETECTIONS", "YoloV3Program"]
+
+#: Most objects of a frame, those of highest confidence.
+MAX_DETECTIONS = 300
+
+_EXPECTED = (
+    "expected a uint8 RGB array of shape (frames, height, width, 3) with at least one frame, in "
+    "host or GPU memory (NumPy, torch, CuPy), or a list of uint8 frames (height, width, 3)"
+)
+
+
+class YoloV3Program:
+    """A :class:`~daskshare.models.spec.Program` that detects objects.
+
+    Parameters
+    ----------
+    network : YoloNetwork
+        Built on the CPU; moved to ``device`` here.
+    device : torch.device
+        With an index when it is a CUDA device.
+    class_names : tuple of str
+        All classes of the network.
+    iou_threshold : float
+        Of the suppression of overlapping boxes of a class.
+    max_batch_size : int or None
+        ``None``: 64 on CUDA devices, 4 on the CPU (measured: more gains nothing there).
+
+    Notes
+    -----
+    ``forward`` returns a dict: ``boxes`` (n, k, 4) float32 xyxy in input pixels, ``confidence``
+    (n, k) float32, ``class_id`` (n, k) integer and ``count`` (n,) integer. On a GPU these are the
+    detections, suppressed there without a host round trip; on the CPU the candidates, which
+    ``finish`` suppresses in the caller's thread so that the engine's goes on with the next batch.
+
+    ``torch.backends.cudnn.benchmark`` is left as it is: it is a switch of the whole process, and
+    the kernels chosen without it are the fast ones for channels-last half precision.
+    """
+
+    def __init__(
+        self,
+        network: YoloNetwork,
+        *,
+        device: torch.device,
+        class_names: tuple[str, ...],
+        iou_threshold: float,
+        max_batch_size: int | None = None,
+    ) -> None:
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._network = network.requires_grad_(False).eval().to(device)
+        self._class_names = class_names
+        self._iou_threshold = iou_threshold
+        plan = network.plan
+        self.item_shape: tuple[int, ...] | None = (plan.height, plan.width, 3)
+        self.max_batch_size = max_batch_size or (64 if self._cuda else 4)
+        self.batch_sizes: tuple[int, ...] = _doubling(self.max_batch_size) if self._cuda else ()
+        self.model_bytes = network.num_bytes
+        self.graph_capturable = self._cuda
+        if self._cuda:
+            letterbox_kernel.compile(device)
+            greedy_nms_cuda.compile(device)
+            # The engine works on a stream of its own, which does not wait for these copies.
+            torch.cuda.current_stream(device).synchronize()
+
+    def prepare(self, inputs: Any) -> Prepared:
+        """Letterbox frames to the network's input.
+
+        Parameters
+        ----------
+        inputs : array or sequence of arrays
+            uint8 RGB: (n, h, w, 3) in host or GPU memory, or a list of (h, w, 3) of any sizes.
+            Arrays of exactly the input's size are passed on without a copy.
+
+        Returns
+        -------
+        Prepared
+            ``items`` uint8 (n, height, width, 3): a NumPy array for frames in host memory, a torch
+            tensor on the program's device for frames in GPU memory. ``context``: one Letterbox a
+            frame.
+
+        Raises
+        ------
+        InvalidInputError
+            For a wrong shape, dtype or type, or no frame at all.
+
+        Notes
+        -----
+        Runs in the callers' threads, many at once. Frames in GPU memory must be ready on the
+        thread's current torch stream (CuPy arrays: on CuPy's); they are when this returns.
+        """
+        if isinstance(inputs, list | tuple):
+            if not inputs:
+                raise InvalidInputError(f"got an empty list; {_EXPECTED}.", shape=(0,), dtype=None)
+            groups = [_checked(_as_array(frame, self._device), dims=3)[None] for frame in inputs]
+        else:
+            groups = [_checked(_as_array(inputs, self._device), dims=4)]
+        if not self._cuda or all(isinstance(group, np.ndarray) for group in groups):
+            items: Any = self._prepare_host([_to_host(group) for group in groups])
+        else:
+            items = self._prepare_device(groups)
+        context = []
+        for group in groups:
+            context += [Letterbox(group.shape[1], group.shape[2], *self._size)] * len(group)
+        return Prepared(items, context)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self._network.plan.height, self._network.plan.width
+
+    def _prepare_host(self, groups: list[np.ndarray]) -> np.ndarray:
+        if len(groups) == 1 and groups[0].shape[1:3] == self._size:
+            return np.ascontiguousarray(groups[0])
+        out = np.empty((sum(map(len, groups)), *self._size, 3), dtype=np.uint8)
+        frames = (frame for group in groups for frame in group)
+        for frame, destination in zip(frames, out, strict=True):
+            letterbox_host(frame, destination)
+        return out
+
+    def _prepare_device(self, groups: list[Any]) -> torch.Tensor:
+        tensors = [torch.as_tensor(group).to(self._device).contiguous() for group in groups]
+        if len(tensors) == 1 and tensors[0].shape[1:3] == self._size:
+            out = tensors[0]
+        else:
+            shape = (sum(map(len, tensors)), *self._size, 3)
+            out = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            start = 0
+            for tensor in tensors:
+                letterbox_cuda(tensor, out[start : start + len(tensor)])
+                start += len(tensor)
+        torch.cuda.current_stream(self._device).synchronize()
+        return out
+
+    @torch.inference_mode()
+    def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Detect in a batch (n, height, width, 3) of uint8 on the device.
+
+        Notes
+        -----
+        Runs in the engine's thread; on a GPU it can be captured in a CUDA graph.
+        """
+        return self._suppress(*self._network(batch))
+
+    def _suppress(
+        self, boxes: torch.Tensor, confidence: torch.Tensor, class_id: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        if self._cuda:
+            boxes, confidence, class_id, count = greedy_nms(
+                boxes,
+                confidence,
+                class_id,
+                iou_threshold=self._iou_threshold,
+                max_kept=MAX_DETECTIONS,
+            )
+        else:
+            count = (confidence > 0).sum(dim=1)
+        return {"boxes": boxes, "confidence": confidence, "class_id": class_id, "count": count}
+
+    def compile(self, batch_size: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
+        """Compile the network for ``batch_size`` and run it once; ``None`` on the CPU.
+
+        The suppression stays a kernel of its own behind the compiled part.
+
+        Notes
+        -----
+        Runs in a background thread, on a stream of its own, while ``forward`` goes on serving.
+        """
+        if not self._cuda:
+            return None
+        candidates = compile_network(self._network)
+
+        @torch.inference_mode()
+        def forward(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return self._suppress(*candidates(batch))
+
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            shape = (batch_size, *self._size, 3)
+            forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+        stream.synchronize()
+        return forward
+
+    def finish(self, outputs: Any, context: Sequence[Letterbox]) -> list[Detections]:
+        """Detections of each frame in pixels of its source.
+
+        Notes
+        -----
+        Runs in the callers' threads, many at once.
+        """
+        results = []
+        for frame, box in enumerate(context):
+            count = int(outputs["count"][frame])
+            boxes = np.asarray(outputs["boxes"][frame][:count])
+            confidence = np.asarray(outputs["confidence"][frame][:count])
+            class_id = np.asarray(outputs["class_id"][frame][:count])
+            if not self._cuda:
+                kept = greedy_nms_host(
+                    boxes,
+                    confidence,
+                    class_id,
+                    iou_threshold=self._iou_threshold,
+                    max_kept=MAX_DETECTIONS,
+                )
+                boxes, confidence, class_id = boxes[kept], confidence[kept], class_id[kept]
+            results.append(
+                Detections(
+                    box.to_source(boxes),
+                    # A copy, so that a result does not keep its whole batch's outputs alive.
+                    np.array(confidence, dtype=np.float32),
+                    class_id.astype(np.int16),
+                    self._class_names,
+                )
+            )
+        return results
+
+
+def _doubling(maximum: int) -> tuple[int, ...]:
+    sizes = [1]
+    while sizes[-1] * 2 < maximum:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes) if maximum == 1 else (*sizes, maximum)
+
+
+def _as_array(value: Any, device: torch.device) -> Any:
+    """NumPy array of host memory, or torch tensor of GPU memory, without a copy."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensor = value
+    elif hasattr(value, "__dlpack__"):
+        # DLPack makes torch's current stream wait for the producer's.
+        tensor = torch.utils.dlpack.from_dlpack(value)
+    elif hasattr(value, "__cuda_array_interface__"):
+        tensor = torch.as_tensor(value, device=device)
+    else:
+        got = type(value).__name__
+        raise InvalidInputError(f"got a {got}; {_EXPECTED}.", shape=None, dtype=got)
+    return tensor.detach() if tensor.is_cuda else tensor.detach().numpy()
+
+
+def _checked(array: Any, *, dims: int) -> Any:
+    shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
+    if len(shape) != dims or shape[-1] != 3 or dtype != "uint8" or 0 in shape:
+        hint = ""
+        if dims == 4 and len(shape) == 3:
+            hint = " For one frame pass frame[None]."
+        elif dtype != "uint8":
+            hint = " Convert with .astype('uint8') after scaling to 0..255."
+        raise InvalidInputError(
+            f"got an array of shape {shape} and dtype {dtype}; {_EXPECTED}.{hint}",
+            shape=shape,
+            dtype=dtype,
+        )
+    return array
+
+
+def _to_host(group: Any) -> np.ndarray:
+    return group if isinstance(group, np.ndarray) else group.cpu().numpy()

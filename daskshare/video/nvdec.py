@@ -1,0 +1,357 @@
+"""Decode a chunk on a CUDA device with PyNvVideoCodec; frames never visit the host.
+
+PyAV demultiplexes, so that both decoders follow the same plan of packets; NVDEC decodes into
+NV12 or P016 surfaces; a CuPy kernel turns each into RGB. Whatever NVDEC cannot do, or fails to do
+half-way, goes to PyAV, and the stream says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from daskshare.errors import VideoError
+from daskshare.kernels.colour import YuvConversion, surface_to_rgb
+from daskshare.models.spec import FrameBatch
+from daskshare.video import decode
+from daskshare.video.sources import open_av
+
+if TYPE_CHECKING:
+    import torch
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+    from daskshare.device import Device
+    from daskshare.video.chunk import VideoChunk
+
+__all__ = ["NvdecFrames", "SessionKey", "open_frames", "refusal"]
+
+# Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
+_CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
+_BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
+# The NVIDIA parser wants start codes and parameter sets in the stream.
+_START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
+
+
+class _NvdecFailed(Exception):
+    """NVDEC cannot go on with this chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """What a decoding session depends on; chunks with equal keys could share one.
+
+    Parameters
+    ----------
+    device_index : int
+        CUDA ordinal in this process.
+    codec : str
+        FFmpeg's name.
+    bit_depth : int
+    width, height : int
+        Size as stored, pixels.
+    """
+
+    device_index: int
+    codec: str
+    bit_depth: int
+    width: int
+    height: int
+
+
+def _key(chunk: VideoChunk, device: Device) -> SessionKey:
+    size = (chunk.width, chunk.height)
+    width, height = size[::-1] if chunk.rotation in (90, 270) else size
+    return SessionKey(
+        device_index=device.index,
+        codec=chunk.codec,
+        bit_depth=_BIT_DEPTHS[chunk.pixel_format],
+        width=width,
+        height=height,
+    )
+
+
+def refusal(chunk: VideoChunk, device: Device) -> str:
+    """Why NVDEC cannot decode a chunk, or ``""`` when it can.
+
+    Parameters
+    ----------
+    chunk : VideoChunk
+    device : Device
+        A CUDA device.
+    """
+    if not chunk.exact:
+        return "the file's index cannot be trusted"
+    if chunk.codec not in _CODECS:
+        return f"the codec {chunk.codec} is not decoded on the GPU"
+    if chunk.pixel_format not in _BIT_DEPTHS:
+        return f"the pixel format {chunk.pixel_format} is not 4:2:0"
+    if chunk.width % 2 or chunk.height % 2:
+        return f"the size {chunk.width}x{chunk.height} is odd"
+    try:
+        import PyNvVideoCodec
+    except (ImportError, RuntimeError, OSError) as error:
+        # It looks for the driver's libraries while it is imported.
+        return f"PyNvVideoCodec cannot be imported: {str(error).splitlines()[0]}"
+    key = _key(chunk, device)
+    try:
+        caps = _capabilities(key.device_index, key.codec, key.bit_depth)
+    except (RuntimeError, PyNvVideoCodec.PyNvVCException) as error:
+        return f"the GPU's decoder cannot be asked: {error}"
+    if caps.get("num_decoder_engines", 0) < 1:
+        return f"the GPU does not decode {key.codec} with {key.bit_depth} bits"
+    for axis, size in (("width", key.width), ("height", key.height)):
+        low, high = caps.get(f"{axis}_min", 0), caps.get(f"{axis}_max", size)
+        if not low <= size <= high:
+            return f"the {axis} {size} is outside of the GPU's {low} to {high} for {key.codec}"
+    return ""
+
+
+@functools.cache
+def _capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int]:
+    import PyNvVideoCodec
+
+    return dict(
+        PyNvVideoCodec.GetDecoderCaps(
+            gpuid=device_index,
+            codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[codec]),
+            chromaformat=getattr(PyNvVideoCodec.cudaVideoChromaFormat, "420"),
+            bitdepth=bit_depth,
+        )
+    )
+
+
+class _Session:
+    """One NVDEC session with its own CUDA stream."""
+
+    def __init__(self, key: SessionKey) -> None:
+        import cupy
+        import PyNvVideoCodec
+        import torch
+
+        self.key = key
+        with torch.cuda.device(key.device_index):
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            # The stream exists, so torch's (the primary) context is current in this thread.
+            self._decoder = PyNvVideoCodec.CreateDecoder(
+                gpuid=key.device_index,
+                codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[key.codec]),
+                cudacontext=cupy.cuda.driver.ctxGetCurrent(),
+                cudastream=self.stream.cuda_stream,
+                usedevicememory=True,
+            )
+
+    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[Any]:
+        """Feed a packet (``None``: drain) with its time; returns surfaces in display order."""
+        import PyNvVideoCodec
+
+        data = PyNvVideoCodec.PacketData()
+        if packet is not None:
+            data.bsl = packet.size
+            data.bsl_data = packet.buffer_ptr
+            data.pts = ticks
+            data.key = int(packet.is_keyframe)
+        return list(self._decoder.Decode(data))
+
+    def to_rgb(self, surface: Any, out: torch.Tensor, conversion: YuvConversion) -> None:
+        """Queue the conversion of a surface into one frame of a batch."""
+        import torch
+
+        luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
+        sample_bytes = 1 if self.key.bit_depth == 8 else 2
+        format_name = str(getattr(surface.format, "name", surface.format))
+        # Chroma follows luma in one allocation, which tells the distance between rows.
+        pitch, rest = divmod(chroma - luma, self.key.height)
+        expected = "NV12" if sample_bytes == 1 else "P016"
+        if format_name != expected or rest or pitch < self.key.width * sample_bytes:
+            raise _NvdecFailed(
+                f"got a {format_name} surface of shape {surface.shape} with {chroma - luma} bytes "
+                f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
+            )
+        with torch.cuda.device(self.key.device_index):
+            surface_to_rgb(
+                luma,
+                chroma,
+                out,
+                conversion,
+                luma_pitch_bytes=pitch,
+                chroma_pitch_bytes=pitch,
+                sample_bytes=sample_bytes,
+                stream=self.stream.cuda_stream,
+            )
+
+
+@contextmanager
+def _session(key: SessionKey) -> Iterator[_Session]:
+    """A session for one chunk. The one place to change for sharing sessions between chunks."""
+    session = _Session(key)
+    try:
+        yield session
+    finally:
+        # The decoder's surfaces must not be freed under kernels that still read them.
+        session.stream.synchronize()
+
+
+@contextmanager
+def open_frames(
+    chunk: VideoChunk, device: Device, *, batch_frames: int, fall_back: bool
+) -> Iterator[NvdecFrames]:
+    """Open a chunk for decoding on a CUDA device.
+
+    Parameters
+    ----------
+    chunk : VideoChunk
+        One that :func:`refusal` does not refuse.
+    device : Device
+    batch_frames : int
+        Most frames in a batch.
+    fall_back : bool
+        Whether PyAV goes on where NVDEC fails; otherwise VideoError is raised.
+
+    Yields
+    ------
+    NvdecFrames
+    """
+    with open_av(chunk.video, storage_options=chunk.storage_options) as container:
+        yield NvdecFrames(chunk, container, device, batch_frames=batch_frames, fall_back=fall_back)
+
+
+class NvdecFrames:
+    """Stream of batches in the memory of a CUDA device.
+
+    Parameters
+    ----------
+    chunk : VideoChunk
+    container : av.container.InputContainer
+    device : Device
+    batch_frames : int
+    fall_back : bool
+
+    Attributes
+    ----------
+    problem : str
+        Why frames are missing; valid after the end.
+    decoder : str
+        ``"nvdec"``, or ``"pyav"`` once PyAV had to take over.
+    decoder_note : str
+        Why PyAV took over.
+    """
+
+    def __init__(
+        self,
+        chunk: VideoChunk,
+        container: InputContainer,
+        device: Device,
+        *,
+        batch_frames: int,
+        fall_back: bool,
+    ) -> None:
+        self.decoder = "nvdec"
+        self.decoder_note = ""
+        self.problem = ""
+        self._chunk = chunk
+        self._container = container
+        self._device = device
+        self._batch_frames = batch_frames
+        self._fall_back = fall_back
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        import PyNvVideoCodec
+
+        done = 0
+        try:
+            for batch in self._from_gpu():
+                done += len(batch.pts_seconds)
+                yield batch
+            return
+        except (_NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException) as error:
+            reason = f"NVDEC failed after {done} frames: {error}"
+            if not self._fall_back:
+                raise VideoError(
+                    f"{self._chunk.video}: {reason}. Set daskshare.video.decoder to 'auto' or "
+                    "'pyav' in Dask's configuration.",
+                    video=self._chunk.video,
+                ) from error
+        self.decoder, self.decoder_note = "pyav", reason
+        with decode.open_frames(
+            self._chunk, batch_frames=self._batch_frames, note=reason, skip_frames=done
+        ) as rest:
+            yield from rest
+        self.problem = rest.problem
+
+    def _from_gpu(self) -> Iterator[FrameBatch]:
+        import torch
+
+        chunk, key = self._chunk, _key(self._chunk, self._device)
+        stream = decode.video_stream(self._container, chunk)
+        conversion = decode.stream_conversion(stream)
+        pts = chunk.pts()
+        capacity, height, width = self._batch_frames, key.height, key.width
+        emitted = size = 0
+        with _session(key) as session:
+            batch: torch.Tensor | None = None
+            for surface, ticks in self._surfaces(session, stream, int(pts[0])):
+                position = emitted + size
+                if position == len(pts) or ticks < pts[position]:
+                    continue
+                if ticks != pts[position]:
+                    raise _NvdecFailed(f"frame {chunk.first_frame + position} did not come")
+                if batch is None:
+                    with torch.cuda.stream(session.stream):
+                        batch = torch.empty(
+                            (capacity, height, width, 3),
+                            dtype=torch.uint8,
+                            device=self._device.torch_device(),
+                        )
+                session.to_rgb(surface, batch[size], conversion)
+                size += 1
+                if size == capacity or emitted + size == len(pts):
+                    session.stream.synchronize()
+                    yield self._finished(batch[:size], emitted, pts)
+                    batch, emitted, size = None, emitted + size, 0
+                if emitted == len(pts):
+                    break
+        if emitted < len(pts):
+            raise _NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
+        numbers = decode.FrameNumbers(chunk)
+        for ticks in pts:
+            numbers.place(int(ticks))
+        self.problem = numbers.problem()
+
+    def _surfaces(
+        self, session: _Session, stream: VideoStream, origin: int
+    ) -> Iterator[tuple[Any, int]]:
+        from av.bitstream import BitStreamFilterContext
+
+        name = _START_CODE_FILTERS.get(self._chunk.codec)
+        to_start_codes = BitStreamFilterContext(name, in_stream=stream) if name else None
+        numbers = decode.FrameNumbers(self._chunk)
+        for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
+            parts: list[Packet[Any] | None] = [packet]
+            if packet is not None and to_start_codes is not None:
+                parts = [*to_start_codes.filter(packet)]
+            for part in parts:
+                # Times are counted from the chunk's start so that they are small in the parser.
+                ticks = 0 if part is None or part.pts is None else part.pts - origin
+                for surface in session.decode(part, ticks):
+                    yield surface, int(surface.timestamp) + origin
+        if numbers.errors:
+            raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
+
+    def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
+        import torch
+
+        turns = self._chunk.rotation // 90
+        count = len(frames)
+        if turns:
+            frames = torch.rot90(frames, turns, dims=(1, 2)).contiguous()
+            torch.cuda.current_stream(frames.device).synchronize()
+        return FrameBatch(
+            frames=frames,
+            first_frame=self._chunk.first_frame + emitted,
+            pts_seconds=pts[emitted : emitted + count] * float(self._chunk.time_base),
+        )

@@ -1,0 +1,280 @@
+"""One ModelShare in each worker process: its life, its lookup by tasks, its reports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from distributed import Status, Worker, WorkerPlugin, get_worker
+
+from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
+from daskshare.errors import NotOnWorkerError
+from daskshare.streaming import stream_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from daskshare.share import ModelShare
+
+__all__ = [
+    "PLUGIN_NAME",
+    "DaskshareWorkerPlugin",
+    "current_task",
+    "local_share",
+    "worker_report",
+    "worker_report_async",
+]
+
+#: Name of both plugins and of the metric and the event topic that they use.
+PLUGIN_NAME = "daskshare"
+
+logger = logging.getLogger("daskshare.worker")
+
+
+class _ProcessShare:
+    """The one ModelShare of this process, alive while at least one plugin owns it.
+
+    Notes
+    -----
+    Thread-safe. Building and closing run in threads of their own, because both may take seconds
+    (importing torch, starting CUDA, waiting for batches) that an event loop must not lose.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owners: set[object] = set()
+        self._build: Future[ModelShare] | None = None
+
+    def acquire(self, owner: object, *, task_threads: int) -> Future[ModelShare]:
+        with self._lock:
+            self._owners.add(owner)
+            if self._build is None:
+                self._build = _in_thread("daskshare-build", _build_share, task_threads)
+            return self._build
+
+    def release(self, owner: object) -> Future[None] | None:
+        """Give up ownership; the last one starts closing and gets the future of its end."""
+        with self._lock:
+            self._owners.discard(owner)
+            if self._owners or self._build is None:
+                return None
+            build, self._build = self._build, None
+        return _in_thread("daskshare-close", _close_share, build)
+
+    def current(self) -> Future[ModelShare] | None:
+        with self._lock:
+            return self._build
+
+
+_process_share = _ProcessShare()
+
+
+def _in_thread(name: str, function: Any, *args: Any) -> Future[Any]:
+    executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+    future = executor.submit(function, *args)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _build_share(task_threads: int) -> ModelShare:
+    from daskshare.device import current_device
+    from daskshare.share import ModelShare
+
+    device = current_device()
+    if device.kind == "cpu":
+        _set_torch_threads(task_threads)
+    return ModelShare(
+        device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
+    )
+
+
+def _close_share(build: Future[ModelShare]) -> None:
+    if build.exception() is None:
+        build.result().close()
+
+
+def _set_torch_threads(task_threads: int) -> None:
+    import torch
+    from dask.system import CPU_COUNT
+
+    # A nanny starts its worker with OMP_NUM_THREADS=1, made for many tasks that compute side by
+    # side; here one engine thread computes for all of them. Dask deals the machine's cores out as
+    # task threads, so taking as many keeps several workers of one machine within its cores.
+    threads = WorkerOptions.from_config().torch_threads or min(task_threads, CPU_COUNT)
+    torch.set_num_threads(threads)
+
+
+def local_share() -> ModelShare:
+    """Return the ModelShare of the worker that runs the calling task.
+
+    Returns
+    -------
+    ModelShare
+        One for all workers of this process. Waits while it is being built.
+
+    Raises
+    ------
+    NotOnWorkerError
+        Outside a Dask worker, on a worker without the plugin, or when the share could not be
+        built (field ``reason``).
+
+    Notes
+    -----
+    For tasks' threads, and threads that tasks start; never for an event loop.
+    """
+    try:
+        worker = get_worker()
+    except ValueError:
+        worker = None
+    build = _process_share.current()
+    if worker is not None and (PLUGIN_NAME not in worker.plugins or build is None):
+        raise NotOnWorkerError(
+            f"Dask worker {worker.address} has no daskshare plugin; a shared model needs it. Call "
+            "daskshare.install(client) once, or start the scheduler with "
+            "--preload daskshare_scheduler.py (or each worker with --preload "
+            "daskshare_worker.py).",
+            reason="no plugin",
+        )
+    if build is None:
+        raise NotOnWorkerError(
+            "A shared model was called outside a Dask worker; it runs only inside tasks. Start a "
+            "cluster (Client(daskshare.local_cluster())), call daskshare.install(client), and "
+            "hand the model to Dask: client.submit(model, frames), client.map(model, batches) or "
+            "bag.map_partitions(model).",
+            reason="no worker",
+        )
+    error = build.exception()
+    if error is not None:
+        raise NotOnWorkerError(
+            f"daskshare could not start in this worker process: {type(error).__name__}: {error}. "
+            "Correct the cause and restart the worker (client.restart()).",
+            reason=f"{type(error).__name__}: {error}",
+        ) from error
+    return build.result()
+
+
+def current_task() -> str | None:
+    """Key of the Dask task that the calling thread runs; None when it runs none."""
+    try:
+        return str(get_worker().get_current_task())
+    except (ValueError, KeyError):
+        return None
+
+
+def worker_report() -> dict[str, Any]:
+    """Say how this process's share is doing, as plain JSON-able data.
+
+    Returns
+    -------
+    dict
+        ``state`` ("absent", "starting", "ready", "failed"), ``reason`` of a failure, ``chunks``
+        (see :func:`daskshare.streaming.stream_counts`), ``models`` and totals over them
+        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), and what else
+        ``ModelShare.report`` gives.
+
+    Notes
+    -----
+    May wait for the share's locks: not for an event loop.
+    """
+    report: dict[str, Any] = {"state": "starting", "reason": "", "models": {}}
+    build = _process_share.current()
+    if build is None:
+        report["state"] = "absent"
+    elif build.done():
+        error = build.exception()
+        if error is None:
+            report |= {"state": "ready", **build.result().report()}
+        else:
+            report |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
+    models = list(report["models"].values())
+    for total in ("loads", "frames", "batches", "model_bytes"):
+        report[total] = sum(model[total] for model in models)
+    report["mean_batch_size"] = report["frames"] / report["batches"] if report["batches"] else 0.0
+    report["chunks"] = stream_counts()
+    plain: dict[str, Any] = json.loads(json.dumps(report))
+    return plain
+
+
+async def worker_report_async() -> dict[str, Any]:
+    """Return :func:`worker_report` without blocking the event loop; for ``Client.run``."""
+    return await asyncio.wrap_future(_in_thread("daskshare-report", worker_report))
+
+
+class DaskshareWorkerPlugin(WorkerPlugin):
+    """Gives a worker its share of one copy of each model.
+
+    Notes
+    -----
+    All methods run on the worker's event loop and return at once, except that the teardown of a
+    closing worker waits, without blocking the loop and with a bound, for the share to close. A
+    setup that fails leaves a worker that works but for shared models: the error is kept, comes up
+    again in each task that looks the share up (:func:`local_share`), and goes to the scheduler.
+    """
+
+    name = PLUGIN_NAME
+
+    def setup(self, worker: Worker) -> None:
+        """Start building the share; returns before it is built."""
+        self._worker = worker
+        self._owner = object()
+        self._latest: dict[str, Any] = {}
+        self._refreshing: Future[dict[str, Any]] | None = None
+        self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
+        worker.metrics[PLUGIN_NAME] = self.heartbeat_report
+        build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
+        build.add_done_callback(self._on_built)
+
+    def teardown(self, worker: Worker) -> Awaitable[None] | None:
+        """Give the share up; the process's last worker closes it."""
+        worker.metrics.pop(PLUGIN_NAME, None)
+        self._reporter.shutdown(wait=False, cancel_futures=True)
+        if worker.status in (Status.closing, Status.closed, Status.failed):
+            return self._close()
+        # Dask replaces a plugin by teardown, then setup, in one step of the loop. Waiting for the
+        # next step lets the newcomer take the share over, with the models that tasks are using.
+        asyncio.get_running_loop().call_soon(_process_share.release, self._owner)
+        return None
+
+    async def _close(self) -> None:
+        closing = _process_share.release(self._owner)
+        if closing is None:
+            return
+        limit_seconds = 2 * ShareOptions.from_config().close_timeout_seconds
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(closing), limit_seconds)
+        except TimeoutError:
+            logger.warning("The share did not close within %.0f s; it is left", limit_seconds)
+
+    def heartbeat_report(self, worker: Worker) -> dict[str, Any]:
+        """Return the newest finished report and start making the next one.
+
+        A heartbeat must not wait for a lock that a loading model holds, so what it carries is as
+        old as the heartbeat before; :func:`daskshare.stats` asks anew.
+        """
+        if self._refreshing is None:
+            self._refreshing = self._reporter.submit(worker_report)
+        if self._refreshing.done():
+            error = self._refreshing.exception()
+            if error is None:
+                self._latest = self._refreshing.result()
+            else:
+                self._latest = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
+            self._refreshing = self._reporter.submit(worker_report)
+        return self._latest
+
+    def _on_built(self, build: Future[ModelShare]) -> None:
+        error = build.exception()
+        event = {"action": "started"}
+        if error is not None:
+            logger.error("daskshare could not start in this worker", exc_info=error)
+            event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
+        # Called in the building thread, or at once when another worker of the process has built.
+        self._worker.loop.add_callback(self._log_event, event)
+
+    def _log_event(self, event: dict[str, str]) -> None:
+        if self._worker.status not in (Status.closing, Status.closed, Status.failed):
+            self._worker.log_event(PLUGIN_NAME, {**event, "worker": self._worker.address})

@@ -1,0 +1,221 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import daskshare.results.detect
+from daskshare.cli import main
+from daskshare.errors import DaskshareError, DownloadError
+from daskshare.results.parquet import ChunkRecord
+from daskshare.results.summary import DetectSummary
+
+
+def summary(**changes):
+    fields = {
+        "output": Path("/out"),
+        "videos": 1,
+        "chunks": 2,
+        "frames": 20,
+        "num_detections": 3,
+        "counts_by_class": {"car": 2, "bus": 1},
+        "new_chunks": 2,
+        "new_frames": 20,
+        "seconds": 2.0,
+        "frames_per_second": 15.0,
+        "failed": (),
+        "truncated": (),
+        "decoders": {"pyav": 20},
+        "model": "yolov3-tiny",
+        "model_loads": 1,
+        "model_copies": 1,
+        "model_bytes": 35_000_000,
+        "concurrent_tasks": 4,
+    }
+    return DetectSummary(**(fields | changes))
+
+
+FAILED = ChunkRecord("a.mp4", 1, 10, 0, 0, "error", "a.mp4 is no video")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the command hands to detect_on, which answers with ``calls.answer``."""
+
+    class Calls(list):
+        answer = summary()
+
+    calls = Calls()
+
+    def detect_on(connect, paths, model, output, **options):
+        calls.append({"paths": paths, "model": model, "output": output, **options})
+        if isinstance(calls.answer, BaseException):
+            raise calls.answer
+        return calls.answer
+
+    monkeypatch.setattr(daskshare.results.detect, "detect_on", detect_on)
+    return calls
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_defaults(calls):
+    result = run("detect", "a.mp4", "b.mp4", "--output", "out")
+    assert result.exit_code == 0, result.output
+    (call,) = calls
+    assert call["paths"] == ["a.mp4", "b.mp4"]
+    assert call["output"] == "out"
+    assert call["model"].spec.name == "yolov3-tiny"
+    assert call["model"].spec.confidence_threshold == 0.25
+    assert call["model"].spec.iou_threshold == 0.45
+    assert call["chunk_seconds"] is None
+    assert (call["annotate"], call["overwrite"], call["progress"]) == (False, False, False)
+
+
+def test_options_reach_the_model_and_the_run(calls):
+    result = run(
+        *("detect", "a.mp4", "-o", "out", "--input-size", "320", "--confidence", "0.5"),
+        *("--iou", "0.3", "--precision", "fp32", "--classes", "car, bus", "--chunk-seconds", "2.5"),
+        *("--annotate", "--overwrite", "--progress"),
+    )
+    assert result.exit_code == 0, result.output
+    (call,) = calls
+    spec = call["model"].spec
+    assert spec.confidence_threshold == 0.5
+    assert spec.iou_threshold == 0.3
+    assert spec.input_size in (320, (320, 320))
+    assert spec.precision == "fp32"
+    assert call["chunk_seconds"] == 2.5
+    assert (call["annotate"], call["overwrite"], call["progress"]) == (True, True, True)
+    assert run("detect", "a.mp4", "-o", "out").exit_code == 0
+    assert calls[1]["model"].spec.key != spec.key
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["detect"],
+        ["detect", "a.mp4"],
+        ["detect", "-o", "out"],
+        ["detect", "a.mp4", "-o", "out", "--confidence", "1.5"],
+        ["detect", "a.mp4", "-o", "out", "--precision", "int8"],
+        ["detect", "a.mp4", "-o", "out", "--classes", "car,,bus"],
+        ["detect", "a.mp4", "-o", "out", "--chunk-seconds", "0"],
+        ["detect", "a.mp4", "-o", "out", "--scheduler", "tcp://x:1", "--threads", "2"],
+        ["detekt"],
+        ["fetch"],
+    ],
+)
+def test_wrong_usage_is_status_2_and_runs_nothing(calls, args):
+    assert run(*args).exit_code == 2
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--classes", "cat,bicycel"], "bicycle"),
+        (["--model", "yolov3-tinny"], "yolov3-tiny"),
+    ],
+)
+def test_a_misspelt_name_is_one_message_with_a_suggestion(calls, args, said):
+    result = run("detect", "a.mp4", "-o", "out", *args)
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+    assert calls == []
+
+
+def test_an_error_is_one_message_and_status_1(calls):
+    calls.answer = DaskshareError("the disk is full")
+    result = run("detect", "a.mp4", "-o", "out")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: the disk is full\n"
+
+
+def test_failed_chunks_have_a_status_of_their_own_and_are_named(calls):
+    calls.answer = summary(failed=(FAILED,))
+    result = run("detect", "a.mp4", "-o", "out")
+    assert result.exit_code == 3
+    assert "a.mp4 is no video" in result.stderr
+    assert "20 frames of 1 video" in result.stdout
+
+
+def test_an_interrupt_tells_how_to_go_on(calls):
+    calls.answer = KeyboardInterrupt()
+    calls.answer.add_note("1 of 2 chunks are in out; the same call does the rest.")
+    result = run("detect", "a.mp4", "-o", "out")
+    assert result.exit_code == 130
+    assert "the same call does the rest" in result.stderr
+
+
+def test_sigterm_counts_as_an_interrupt(monkeypatch):
+    def detect_on(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal did not interrupt")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(daskshare.results.detect, "detect_on", detect_on)
+    assert run("detect", "a.mp4", "-o", "out").exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_fetch_prints_the_path_or_the_advice(monkeypatch):
+    import daskshare.models.fetch
+
+    monkeypatch.setattr(daskshare.models.fetch, "fetch", lambda name: Path("/cache") / name)
+    assert run("fetch", "yolov3").stdout == "/cache/yolov3\n"
+
+    def offline(name):
+        raise DownloadError("put the file there", name=name, path="/cache/x")
+
+    monkeypatch.setattr(daskshare.models.fetch, "fetch", offline)
+    result = run("fetch", "yolov3")
+    assert (result.exit_code, result.stderr) == (1, "Error: put the file there\n")
+
+
+def test_an_unreachable_scheduler_is_one_message(tmp_path, monkeypatch):
+    import dask
+
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"no video")
+    with dask.config.set({"distributed.comm.timeouts.connect": "100ms"}):
+        result = run("detect", video, "-o", tmp_path / "out", "--scheduler", "tcp://127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "No Dask scheduler answers at 'tcp://127.0.0.1:1'" in result.stderr
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from daskshare.cli import main\n"
+        "for args in (['--version'], ['detect', '--help']):\n"
+        "    try:\n"
+        "        main(args)\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'distributed', 'cv2', 'av', 'pandas', 'pyarrow', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_summary_tells_frames_classes_and_sharing():
+    text = str(summary(truncated=(FAILED,)))
+    assert "20 frames of 1 video, 3 detections in /out" in text
+    assert "found car 2, bus 1" in text
+    assert "One copy of yolov3-tiny (35.0 MB of weights, 1 load) served up to 4 tasks" in text
+    assert "105.0 MB more" in text
+    assert "truncated: a.mp4, chunk 1 (frame 10): a.mp4 is no video" in text
+
+
+def test_summary_claims_no_saving_where_nothing_was_shared():
+    assert summary(concurrent_tasks=1).memory_saved_bytes == 0
+    assert "would have taken" not in str(summary(concurrent_tasks=1))
+    assert summary(concurrent_tasks=0, model_copies=0).sharing() == ""
+    assert summary(model_copies=2).memory_saved_bytes == 70_000_000
