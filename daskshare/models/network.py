@@ -172,15 +172,16 @@ class YoloNetwork(nn.Module):
         self.dtype = dtype
         self.confidence_threshold = confidence_threshold
         self.max_candidates = min(MAX_CANDIDATES, plan.num_boxes)
+        self._last_use = _last_use(plan)
         self.blocks = nn.ModuleList(self._block(layer, weights) for layer in plan.layers)
         allowed = torch.zeros(plan.num_classes, dtype=torch.bool)
         allowed[list(range(plan.num_classes) if class_ids is None else class_ids)] = True
         self.register_buffer("allowed", None if class_ids is None else allowed)
-        self._last_use = _last_use(plan)
 
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
         if isinstance(layer, Convolutional):
             feeds_head = layer.index in {head.index - 1 for head in self.plan.heads}
+            feeds_head = feeds_head and layer.index not in self._last_use
             # Kernels for tensor cores want channels in eights; 255 of them cost four times as much.
             extra = -layer.channels % 8 if feeds_head else 0
             return _Convolution(layer, weights[layer.index], self.dtype, extra)
