@@ -290,7 +290,7 @@ class InferenceEngine:
                         return self._free_slots.popleft(), *taken, num_items, padded_size
                     if taken is not None:
                         continue
-                    if idle and self._closing:
+                    if idle and self._closing and not self._batcher.num_items:
                         return None
                     due_seconds = self._batcher.deadline()
                     if due_seconds is not None:
