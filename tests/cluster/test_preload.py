@@ -14,6 +14,7 @@ from distributed import Client
 
 import daskshare
 from daskshare.client import SharedModel
+from daskshare.errors import ConfigurationError
 from daskshare.testing import FakeSpec
 from daskshare.video.chunk import VideoChunk
 from tests.cluster.conftest import ROOT, TIMEOUT
@@ -34,8 +35,10 @@ def environment(*paths):
 
 
 @contextmanager
-def process(*arguments):
-    with subprocess.Popen(command(*arguments), env=environment()) as running:
+def process(*arguments, broken=None):
+    # `python -m` puts the working directory first on the path.
+    env = environment(*([broken] if broken else []))
+    with subprocess.Popen(command(*arguments), env=env, cwd=broken) as running:
         try:
             yield running
         finally:
@@ -47,19 +50,22 @@ def process(*arguments):
 
 
 @contextmanager
-def cluster(directory, *, scheduler=(), worker=(), workers=1):
-    """A scheduler process, worker processes and a client of them."""
+def cluster(directory, *, scheduler=(), worker=(), workers=1, broken=None):
+    """A scheduler process, worker processes and a client; daskshare may be broken on the first."""
     file = directory / "scheduler.json"
     common = ("--scheduler-file", file)
     with ExitStack() as stack:
         scheduler_options = ("--port", 0, "--dashboard-address", ":0")
-        stack.enter_context(process("scheduler", *common, *scheduler_options, *scheduler))
+        stack.enter_context(
+            process("scheduler", *common, *scheduler_options, *scheduler, broken=broken)
+        )
         for _ in range(workers):
             options = ("--nthreads", 4, "--no-nanny", "--no-dashboard", "--memory-limit", 0)
             stack.enter_context(process("worker", *common, *options, *worker))
         client = Client(scheduler_file=str(file), timeout=TIMEOUT, set_as_default=False)
         stack.enter_context(client)
-        client.wait_for_workers(workers, timeout=TIMEOUT)
+        if workers:
+            client.wait_for_workers(workers, timeout=TIMEOUT)
         stack.enter_context(client.as_current())
         yield client
 
@@ -107,6 +113,14 @@ def without_daskshare(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('a library is missing')\n", "utf-8")
     return package.parent
+
+
+def test_a_scheduler_without_daskshare_is_named(tmp_path, without_daskshare):
+    with (
+        cluster(tmp_path, workers=0, broken=without_daskshare) as client,
+        pytest.raises(ConfigurationError, match="scheduler could not import daskshare"),
+    ):
+        daskshare.install(client)
 
 
 def test_a_scheduler_that_cannot_install_daskshare_does_not_run(without_daskshare):
