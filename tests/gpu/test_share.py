@@ -151,7 +151,8 @@ def test_the_budget_holds_on_the_device(make):
     specs = [WideSpec(name) for name in "abcd"]
     for spec in specs + specs:
         use(share, spec)
-        assert torch.cuda.memory_allocated() - before < 2.5 * MODEL_BYTES
+        # Weights alone count; the engines of the two that fit have buffers as well.
+        assert torch.cuda.memory_allocated() - before < 3 * MODEL_BYTES
     assert [spec.loads for spec in specs] == [2, 2, 2, 2]
 
 
