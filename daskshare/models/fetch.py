@@ -28,7 +28,8 @@ MIRRORS = (
 
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = (10.0, 60.0)
-_BLOCK_BYTES = 1 << 20
+# What a cut connection loses at most: a block is written only when it is full.
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
