@@ -9,6 +9,7 @@ import math
 import types
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -172,7 +173,10 @@ class YoloNetwork(nn.Module):
 
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
         if isinstance(layer, Convolutional):
-            return _Convolution(layer, weights[layer.index], self.dtype)
+            own = weights[layer.index]
+            if layer.index == 0:
+                own = LayerWeights(own.weight.astype(np.float32) / 255, own.bias)
+            return _Convolution(layer, own, self.dtype)
         if isinstance(layer, MaxPool):
             return _MaxPool(layer)
         if isinstance(layer, Yolo):
@@ -199,9 +203,11 @@ class YoloNetwork(nn.Module):
         list of Candidates
             For each head all its boxes, unordered and without threshold.
         """
-        x = batch.permute(0, 3, 1, 2)
-        # On float32 the division converts in the same pass; it keeps the channels-last strides.
-        x = x / 255 if self.dtype == torch.float32 else x.to(self.dtype) * (1 / 255)
+        x = batch.permute(0, 3, 1, 2).to(self.dtype)
+        # Bytes are exact in every precision, their 255ths are not: a first convolution has the
+        # division in its kernel, which saves a pass as well.
+        if not isinstance(self.plan.layers[0], Convolutional):
+            x = x / 255
         kept: dict[int, torch.Tensor] = {}
         heads = []
         for layer, block in zip(self.plan.layers, self.blocks, strict=True):
