@@ -218,7 +218,7 @@ def fetch(
             raise
         raise DownloadError(
             f"{known.file} could not be stored in {folder}: {error}. {advice}",
-            name=name,
+            name=known.file,
             path=str(path),
         ) from error
 
