@@ -1,8 +1,8 @@
 """The first convolution of a network, from uint8 frames: a Triton kernel.
 
 With three input channels, libraries pad them to eight and spend a pass of their own on converting
-the frames, on the padding and on the activation. Here one kernel reads the frames' bytes, scales
-them, multiplies on the tensor cores and writes the activated output once: its floor is the bytes
+the frames, on the padding and on the activation. Here one kernel reads the frames' bytes,
+multiplies on the tensor cores and writes the activated output once: its floor is the bytes
 of that output.
 
 Imported only where CUDA is: Triton comes with torch's CUDA builds. The twin for the CPU, and for
@@ -49,7 +49,7 @@ def _convolve(
     inside = inside & (tap[None, :] < 27) & (pixel[:, None] < num_pixels)
     # Frames lie one after another, so a pixel's number finds its frame as well.
     source = (pixel[:, None] + dy[None, :] * width + dx[None, :]) * 3 + channel[None, :]
-    values = tl.load(frames + source, mask=inside, other=0).to(tl.float32) * (1.0 / 255.0)
+    values = tl.load(frames + source, mask=inside, other=0)
     feature = tl.arange(0, CHANNELS)
     kernel = tl.load(weights + tap[:, None] * CHANNELS + feature[None, :])
     total = tl.dot(values.to(kernel.dtype), kernel) + tl.load(bias + feature)[None, :]
@@ -83,7 +83,7 @@ def convolve_frames(
     Parameters
     ----------
     frames : torch.Tensor, shape (n, height, width, 3), uint8
-        Contiguous, on a CUDA device. Values are divided by 255.
+        Contiguous, on a CUDA device. Bytes are taken as they are: a division belongs into ``taps``.
     taps : torch.Tensor, shape (32, channels)
         From :func:`pack_weights`; ``channels`` is a power of two from 16 to 128.
     bias : torch.Tensor, shape (channels,)

@@ -28,7 +28,8 @@ MIRRORS = (
 
 _ATTEMPTS = 3
 _TIMEOUT_SECONDS = (10.0, 60.0)
-_BLOCK_BYTES = 1 << 20
+# What a cut connection loses at most: a block is written only when it is full.
+_BLOCK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,7 @@ def fetch(
             raise
         raise DownloadError(
             f"{known.file} could not be stored in {folder}: {error}. {advice}",
-            name=name,
+            name=known.file,
             path=str(path),
         ) from error
 

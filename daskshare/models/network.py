@@ -9,6 +9,7 @@ import math
 import types
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -35,10 +36,13 @@ MAX_CANDIDATES = 1024
 Candidates = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+_LEAKY_SLOPE = 0.1
+
+
 def _activate(x: torch.Tensor, name: str) -> torch.Tensor:
     # Always in place: the callers own x, and memory traffic is what these layers cost.
     if name == "leaky":
-        return functional.leaky_relu_(x, 0.1)
+        return functional.leaky_relu_(x, _LEAKY_SLOPE)
     if name == "relu":
         return functional.relu_(x)
     if name == "logistic":
@@ -173,18 +177,53 @@ class YoloNetwork(nn.Module):
         self.confidence_threshold = confidence_threshold
         self.max_candidates = min(MAX_CANDIDATES, plan.num_boxes)
         self._last_use = _last_use(plan)
+        self._first: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.blocks = nn.ModuleList(self._block(layer, weights) for layer in plan.layers)
         allowed = torch.zeros(plan.num_classes, dtype=torch.bool)
         allowed[list(range(plan.num_classes) if class_ids is None else class_ids)] = True
         self.register_buffer("allowed", None if class_ids is None else allowed)
 
+    def fuse_first_convolution(self) -> bool:
+        """Compute the first convolution by one kernel of our own, where its shape allows that.
+
+        Returns
+        -------
+        bool
+            Whether it does from now on: on a CUDA device in float16 or bfloat16, for a 3 x 3
+            convolution of stride 1 with a leaky ReLU and 16, 32, 64 or 128 channels.
+        """
+        layer = self.plan.layers[0]
+        block = self.blocks[0]
+        if not (
+            isinstance(layer, Convolutional)
+            and isinstance(block, _Convolution)
+            and block.weight.is_cuda
+            and self.dtype in (torch.float16, torch.bfloat16)
+            and (layer.size, layer.stride, layer.padding, layer.groups) == (3, 1, 1, 1)
+            and layer.activation == "leaky"
+            and layer.channels in (16, 32, 64, 128)
+        ):
+            return False
+        from daskshare.kernels.first_convolution import convolve_frames, pack_weights
+
+        taps, bias = pack_weights(block.weight), block.bias
+
+        def first(batch: torch.Tensor) -> torch.Tensor:
+            return convolve_frames(batch, taps, bias, slope=_LEAKY_SLOPE)
+
+        self._first = first
+        return True
+
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
         if isinstance(layer, Convolutional):
+            own = weights[layer.index]
+            if layer.index == 0:
+                own = LayerWeights(own.weight.astype(np.float32) / 255, own.bias)
             feeds_head = layer.index in {head.index - 1 for head in self.plan.heads}
             feeds_head = feeds_head and layer.index not in self._last_use
             # Kernels for tensor cores want channels in eights; 255 of them cost four times as much.
             extra = -layer.channels % 8 if feeds_head else 0
-            return _Convolution(layer, weights[layer.index], self.dtype, extra)
+            return _Convolution(layer, own, self.dtype, extra)
         if isinstance(layer, MaxPool):
             return _MaxPool(layer)
         if isinstance(layer, Yolo):
@@ -211,12 +250,18 @@ class YoloNetwork(nn.Module):
         list of Candidates
             For each head all its boxes, unordered and without threshold.
         """
-        x = batch.permute(0, 3, 1, 2)
-        # On float32 the division converts in the same pass; it keeps the channels-last strides.
-        x = x / 255 if self.dtype == torch.float32 else x.to(self.dtype) * (1 / 255)
-        kept: dict[int, torch.Tensor] = {}
+        layers, start = self.plan.layers, 0
+        if self._first is not None:
+            x, start = self._first(batch), 1
+        else:
+            x = batch.permute(0, 3, 1, 2).to(self.dtype)
+        # Bytes are exact in every precision, their 255ths are not: a first convolution has the
+        # division in its kernel, which saves a pass as well.
+        if not isinstance(layers[0], Convolutional):
+            x = x / 255
+        kept: dict[int, torch.Tensor] = {} if start == 0 or 0 not in self._last_use else {0: x}
         heads = []
-        for layer, block in zip(self.plan.layers, self.blocks, strict=True):
+        for layer, block in zip(layers[start:], self.blocks[start:], strict=True):
             if isinstance(layer, Route):
                 parts = [kept[source] for source in layer.sources]
                 if layer.groups > 1:

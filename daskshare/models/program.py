@@ -79,6 +79,7 @@ class YoloV3Program:
         self.model_bytes = network.num_bytes
         self.graph_capturable = self._cuda
         if self._cuda:
+            self._network.fuse_first_convolution()
             letterbox_kernel.compile(device)
             greedy_nms_cuda.compile(device)
             # The engine works on a stream of its own, which does not wait for these copies.

@@ -215,3 +215,16 @@ def test_compiles_as_one_graph_for_many_sizes_and_models(tmp_path):
             with torch.inference_mode():
                 for got, expected in zip(compiled(batch), network(batch), strict=True):
                     torch.testing.assert_close(got, expected)
+
+
+def test_a_network_that_does_not_begin_with_a_convolution(tmp_path):
+    cfg = SMALL_CFG.replace("[convolutional]", "[maxpool]\nsize=1\nstride=1\n\n[convolutional]", 1)
+    cfg = cfg.replace("-1, 5", "-1, 6")
+    network, plan, weights = build(tmp_path, cfg)
+    batch = frames(plan, 1)
+    with torch.inference_mode():
+        heads = network.predict(torch.from_numpy(batch))
+    boxes, confidence, _ = written_out(plan, weights, batch[0])
+    got = [torch.cat(parts, dim=1).numpy()[0] for parts in zip(*heads, strict=True)]
+    np.testing.assert_allclose(got[0], boxes, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(got[1], confidence, rtol=1e-4, atol=1e-5)
