@@ -178,7 +178,7 @@ def test_with_a_dask_client_files_are_indexed_on_the_cluster(folder, monkeypatch
     from distributed import Client
 
     with (
-        Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as c,
+        Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as c,
         monkeypatch.context() as patch,
     ):
         # The threads of this process must stay unused.
