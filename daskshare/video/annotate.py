@@ -267,7 +267,8 @@ class _Mp4Writer:
         self._container = av.open(
             f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"}
         )
-        self._options = {"crf": str(crf), "preset": preset}
+        # Without B-frames a packet ends where the next begins, at any frame rate.
+        self._options = {"crf": str(crf), "preset": preset, "bf": "0"}
         self._stream: Any = None
         self._origin_seconds = 0.0
         self._last_ticks = -1
@@ -344,4 +345,5 @@ def _replacing(output: str | os.PathLike[str]) -> Iterator[Path]:
             f"{target} could not be written: {error}. Check the folder and the space left."
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if target.parent.is_dir():
+            unfinished.unlink(missing_ok=True)

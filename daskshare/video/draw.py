@@ -61,7 +61,7 @@ def draw_boxes(
         colour = class_colour(class_ids[i])
         # A dark rim keeps the box visible on a background of its own colour.
         cv2.rectangle(frame, (left, top), (right, bottom), (16, 16, 16), thickness + 2)
-        cv2.rectangle(frame, (left, top), (right, bottom), colour, thickness, cv2.LINE_AA)
+        cv2.rectangle(frame, (left, top), (right, bottom), colour, thickness)
     taken: list[tuple[int, int, int, int]] = []
     for i in order[::-1]:
         left, top, right, bottom = corners[i].tolist()

@@ -323,12 +323,18 @@ def _find_damage(
     declared = _declared_seconds(container, stream)
     if declared is None or len(times) < 2:
         return
+    # Frames beyond the last decoding time may stand behind a hole.
+    known = [time for time in scan.dts if time is not None]
+    sure = [time for time in times if not known or time <= known[-1]]
+    if len(sure) < 2:
+        sure = times
     seconds = float(scan.time_base)
-    frame_seconds = (max(times) - min(times)) * seconds / (len(times) - 1)
+    frame_seconds = (max(sure) - min(sure)) * seconds / (len(sure) - 1)
     end_seconds = max(times) * seconds + frame_seconds
     # Headers round, and the last frame's length may count or not.
     if declared - end_seconds > 2 * frame_seconds:
-        scan.expected_frames = len(times) + round((declared - end_seconds) / frame_seconds)
+        rest_seconds = declared - max(sure) * seconds - frame_seconds
+        scan.expected_frames = len(sure) + round(rest_seconds / frame_seconds)
         scan.cut = True
         scan.damage = (
             f"the file is cut: it ends at {end_seconds:.2f} s, its header says {declared:.2f} s"

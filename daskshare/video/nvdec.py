@@ -260,15 +260,17 @@ class NvdecFrames:
         self._fall_back = fall_back
 
     def __iter__(self) -> Iterator[FrameBatch]:
+        import av
         import PyNvVideoCodec
 
+        failures = (_NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException, av.FFmpegError)
         done = 0
         try:
             for batch in self._from_gpu():
                 done += len(batch.pts_seconds)
                 yield batch
             return
-        except (_NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException) as error:
+        except failures as error:
             reason = f"NVDEC failed after {done} frames: {error}"
             if not self._fall_back:
                 raise VideoError(
@@ -310,8 +312,10 @@ class NvdecFrames:
                 session.to_rgb(surface, batch[size], conversion)
                 size += 1
                 if size == capacity or emitted + size == len(pts):
+                    with torch.cuda.stream(session.stream):
+                        finished = self._finished(batch[:size], emitted, pts)
                     session.stream.synchronize()
-                    yield self._finished(batch[:size], emitted, pts)
+                    yield finished
                     batch, emitted, size = None, emitted + size, 0
                 if emitted == len(pts):
                     break
@@ -329,11 +333,16 @@ class NvdecFrames:
 
         name = _START_CODE_FILTERS.get(self._chunk.codec)
         to_start_codes = BitStreamFilterContext(name, in_stream=stream) if name else None
+        # The filter repeats the parameter sets at IDR pictures only; a chunk may begin at another.
+        parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
             parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
                 parts = [*to_start_codes.filter(packet)]
+            if packet is not None and parameter_sets:
+                parts[0] = _with_prefix(parameter_sets, parts[0])
+                parameter_sets = b""
             for part in parts:
                 # Times are counted from the chunk's start so that they are small in the parser.
                 ticks = 0 if part is None or part.pts is None else part.pts - origin
@@ -349,9 +358,33 @@ class NvdecFrames:
         count = len(frames)
         if turns:
             frames = torch.rot90(frames, turns, dims=(1, 2)).contiguous()
-            torch.cuda.current_stream(frames.device).synchronize()
         return FrameBatch(
             frames=frames,
             first_frame=self._chunk.first_frame + emitted,
             pts_seconds=pts[emitted : emitted + count] * float(self._chunk.time_base),
         )
+
+
+def _h264_parameter_sets(stream: VideoStream) -> bytes:
+    """The sequence's and pictures' parameters of an MP4 or Matroska file, with start codes."""
+    header = bytes(stream.codec_context.extradata or b"")
+    if len(header) < 7 or header[0] != 1:
+        return b""
+    result, position = b"", 5
+    for mask in (0x1F, 0xFF):
+        count, position = header[position] & mask, position + 1
+        for _ in range(count):
+            size = int.from_bytes(header[position : position + 2], "big")
+            result += b"\x00\x00\x00\x01" + header[position + 2 : position + 2 + size]
+            position += 2 + size
+    return result
+
+
+def _with_prefix(prefix: bytes, packet: Packet[Any] | None) -> Packet[Any]:
+    import av
+
+    if packet is None:
+        raise AssertionError("there is nothing to put the parameters before")
+    joined = av.Packet(prefix + bytes(packet))
+    joined.pts, joined.dts, joined.is_keyframe = packet.pts, packet.dts, packet.is_keyframe
+    return joined

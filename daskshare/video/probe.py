@@ -100,7 +100,9 @@ def _current_client() -> Any:
         client = default_client()  # type: ignore[no-untyped-call]
     except ValueError:
         return None
-    return None if client.asynchronous else client
+    # A client that lost its scheduler would wait for ever.
+    usable = client.status == "running" and not client.asynchronous
+    return client if usable else None
 
 
 def probe_video(

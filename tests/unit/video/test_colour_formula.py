@@ -58,9 +58,7 @@ def test_decoder_equals_the_formula(pixel_format, width, height, full_range, mat
 def test_jpeg_format_means_the_full_range():
     frame, samples = random_frame("yuvj420p", 64, 48)
     got = _RgbConverter(FakeStream(frame, 5, False), 0)(frame)
-    np.testing.assert_array_equal(
-        got, yuv420_to_rgb(*samples, yuv_conversion(5, full_range=True))
-    )
+    np.testing.assert_array_equal(got, yuv420_to_rgb(*samples, yuv_conversion(5, full_range=True)))
 
 
 @pytest.mark.parametrize("matrix", [1, 5, 9])
@@ -79,7 +77,7 @@ def test_formula_is_near_the_textbooks(matrix, full_range):
     got = yuv420_to_rgb(y, u, v, yuv_conversion(matrix, full_range=full_range))
     error = exact - got
     # High halves of products are rounded down, so that the result is a little dark.
-    assert -1 < error.min()
+    assert error.min() > -1
     assert error.max() < 4
     assert error.mean() < 1
 

@@ -1,0 +1,56 @@
+"""The CuPy kernel gives the same bytes as its twin, which equals the CPU's decoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from daskshare.kernels.colour import semiplanar_to_rgb, surface_to_rgb, yuv_conversion
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def torch():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    # From here on a missing package is a failure.
+    import cupy  # noqa: F401
+
+    return torch
+
+
+@pytest.mark.parametrize("sample_bytes", [1, 2])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (66, 50), (65, 47), (1920, 1080), (2, 2)])
+@pytest.mark.parametrize(("matrix", "full_range"), [(5, False), (1, False), (9, True)])
+def test_kernel_equals_twin(torch, sample_bytes, width, height, matrix, full_range):
+    rng = np.random.default_rng(0)
+    dtype, top = (np.uint8, 256) if sample_bytes == 1 else (np.uint16, 65536)
+    # Rows are longer than the picture, as NVDEC's are.
+    pitch = (width + 31) // 2 * 2
+    rows, chroma_rows = height, -(-height // 2)
+    host = rng.integers(0, top, (rows + chroma_rows, pitch)).astype(dtype)
+    luma = host[:rows, :width]
+    chroma = host[rows:, : 2 * (-(-width // 2))].reshape(chroma_rows, -1, 2)
+    conversion = yuv_conversion(matrix, full_range=full_range)
+    surface = torch.from_numpy(host.view(np.uint8)).cuda()
+    out = torch.full((3, height, width, 3), 77, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    pitch_bytes = pitch * sample_bytes
+    surface_to_rgb(
+        surface.data_ptr(),
+        surface.data_ptr() + pitch_bytes * rows,
+        out[1],
+        conversion,
+        luma_pitch_bytes=pitch_bytes,
+        chroma_pitch_bytes=pitch_bytes,
+        sample_bytes=sample_bytes,
+        stream=stream.cuda_stream,
+    )
+    stream.synchronize()
+    np.testing.assert_array_equal(out[1].cpu().numpy(), semiplanar_to_rgb(luma, chroma, conversion))
+    # The frames beside it in the batch stay as they were.
+    assert (out[0] == 77).all()
+    assert (out[2] == 77).all()

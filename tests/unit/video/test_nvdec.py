@@ -1,0 +1,189 @@
+"""The road of packets and frames around NVDEC, with a stand-in that decodes on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from daskshare.errors import VideoError
+from daskshare.kernels.colour import yuv420_to_rgb
+from daskshare.video import nvdec
+from daskshare.video.probe import probe_videos
+
+X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
+DEVICE = SimpleNamespace(kind="cuda", index=0, torch_device=lambda: torch.device("cpu"))
+
+
+class StandInSession:
+    """Decodes start-code streams without any container's help, as NVDEC's parser does."""
+
+    def __init__(self, key, planes, drop=(), fail_at=None):
+        self.key, self.drop, self.fail_at, self.planes = key, set(drop), fail_at, planes
+        self.stream = SimpleNamespace(synchronize=lambda: None)
+        self.context = av.CodecContext.create(key.codec, "r")
+        self.packets = 0
+
+    def decode(self, packet, ticks):
+        self.packets += 1
+        if self.packets == self.fail_at:
+            raise RuntimeError("the session broke")
+        if packet is not None:
+            copy = av.Packet(bytes(packet))
+            copy.pts, packet = ticks, copy
+        surfaces = [SimpleNamespace(timestamp=f.pts, frame=f) for f in self.context.decode(packet)]
+        return [s for s in surfaces if s.timestamp not in self.drop]
+
+    def to_rgb(self, surface, out, conversion):
+        out.copy_(torch.from_numpy(yuv420_to_rgb(*self.planes(surface.frame), conversion)))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """A stand-in for PyNvVideoCodec that can be asked for its capabilities."""
+    module = ModuleType("PyNvVideoCodec")
+    module.PyNvVCException = type("PyNvVCException", (Exception,), {})
+    module.cudaVideoCodec = SimpleNamespace(AV1=1, H264=2, HEVC=3, VP8=4, VP9=5)
+    module.cudaVideoChromaFormat = SimpleNamespace(**{"420": 1})
+    module.caps = {
+        "num_decoder_engines": 1,
+        "width_min": 48,
+        "width_max": 4096,
+        "height_min": 16,
+        "height_max": 4096,
+    }
+    module.GetDecoderCaps = lambda **asked: module.caps
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
+    nvdec._capabilities.cache_clear()
+    yield module
+    nvdec._capabilities.cache_clear()
+
+
+@pytest.fixture
+def sessions(monkeypatch, clips, library):
+    """Replaces the sessions; returns how they shall misbehave, and those that were made."""
+    plan = SimpleNamespace(options={}, made=[])
+
+    @contextmanager
+    def session(key):
+        plan.made.append(StandInSession(key, clips.planes, **plan.options))
+        yield plan.made[-1]
+
+    monkeypatch.setattr(nvdec, "_session", session)
+    return plan
+
+
+def frames_of(chunks, decoder="auto"):
+    frames, streams = {}, []
+    for chunk in chunks:
+        with chunk.open_frames(device=DEVICE, batch_frames=7, decoder=decoder) as stream:
+            for batch in stream:
+                for offset, rgb in enumerate(np.asarray(batch.frames)):
+                    number = batch.first_frame + offset
+                    assert number not in frames
+                    frames[number] = (batch.pts_seconds[offset], rgb)
+        streams.append(stream)
+    return frames, streams
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_h264(name, open_gop, clips, sessions, tmp_path):
+    path = clips.write(tmp_path / name, options={"x264-params": f"{X264}:open-gop={open_gop}"})
+    chunks = probe_videos(path, chunk_seconds=0.5)
+    frames, streams = frames_of(chunks)
+    clips.assert_same(frames, clips.reference(path))
+    assert {(s.decoder, s.decoder_note, s.problem) for s in streams} == {("nvdec", "", "")}
+    assert len(sessions.made) == len(chunks) > 1
+
+
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_hevc(open_gop, clips, sessions, tmp_path):
+    options = {"x265-params": f"{X264}:log-level=0:open-gop={open_gop}"}
+    path = clips.write(tmp_path / "a.mp4", "libx265", options=options)
+    frames, streams = frames_of(probe_videos(path, chunk_seconds=0.5))
+    clips.assert_same(frames, clips.reference(path))
+    assert {s.decoder for s in streams} == {"nvdec"}
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotation(rotation, clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", frames=5, rotation=rotation)
+    frames, streams = frames_of(probe_videos(path))
+    assert streams[0].decoder == "nvdec"
+    clips.assert_same(frames, clips.reference(path, rotation=rotation % 360))
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 20, 60])
+def test_pyav_goes_on_where_a_session_breaks(fail_at, clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", options={"x264-params": X264})
+    sessions.options = {"fail_at": fail_at}
+    frames, (stream,) = frames_of(probe_videos(path, chunk_seconds=100))
+    clips.assert_same(frames, clips.reference(path))
+    assert stream.decoder == "pyav"
+    assert "the session broke" in stream.decoder_note
+    assert stream.problem == ""
+
+
+def test_pyav_goes_on_where_a_frame_is_left_out(clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", options={"x264-params": X264})
+    sessions.options = {"drop": [512 * 33]}
+    frames, (stream,) = frames_of(probe_videos(path, chunk_seconds=100))
+    clips.assert_same(frames, clips.reference(path))
+    assert stream.decoder == "pyav"
+    assert "frame 33 did not come" in stream.decoder_note
+
+
+def test_nvdec_alone_does_not_fall_back(clips, sessions, tmp_path):
+    (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4"), chunk_seconds=100)
+    sessions.options = {"fail_at": 5}
+    with pytest.raises(VideoError, match="the session broke"):
+        frames_of([chunk], decoder="nvdec")
+
+
+def test_truncated_file_says_what_is_missing(clips, sessions, tmp_path):
+    whole = clips.write(
+        tmp_path / "a.mp4",
+        options={"x264-params": X264},
+        container_options={"movflags": "+faststart"},
+    )
+    cut = tmp_path / "cut.mp4"
+    with open(whole, "rb") as file:
+        data = file.read()
+    cut.write_bytes(data[: len(data) * 2 // 3])
+    frames, (stream,) = frames_of(probe_videos(cut, chunk_seconds=100))
+    assert 20 < len(frames) < 60
+    assert f"got {len(frames)} of 60 frames" in stream.problem
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ({"codec": "ffv1", "frames": 5}, "codec ffv1"),
+        ({"pixel_format": "yuv444p", "frames": 5}, "yuv444p"),
+        ({"codec": "libvpx-vp9", "width": 65, "height": 49, "frames": 3}, "odd"),
+        ({"width": 32, "height": 32, "frames": 3}, "width 32"),
+    ],
+)
+def test_refusal(written, reason, clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mkv", **written)
+    frames, (stream,) = frames_of(probe_videos(path))
+    assert stream.decoder == "pyav"
+    assert reason in stream.decoder_note
+    clips.assert_same(frames, clips.reference(path))
+    assert sessions.made == []
+
+
+def test_refusal_without_an_engine_or_a_library(clips, library, tmp_path, monkeypatch):
+    (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4", frames=5))
+    assert nvdec.refusal(chunk, DEVICE) == ""
+    nvdec._capabilities.cache_clear()
+    library.caps = {"num_decoder_engines": 0}
+    assert "does not decode h264" in nvdec.refusal(chunk, DEVICE)
+    monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)
+    assert "PyNvVideoCodec cannot be imported" in nvdec.refusal(chunk, DEVICE)
