@@ -211,7 +211,7 @@ def test_summary_tells_frames_classes_and_sharing():
     assert "found car 2, bus 1" in text
     assert "One copy of yolov3-tiny (35.0 MB of weights, 1 load) served up to 4 tasks" in text
     assert "105.0 MB more" in text
-    assert "truncated: a.mp4, chunk 1 (frame 10): a.mp4 is no video" in text
+    assert "truncated: chunk 1 (from frame 10): a.mp4 is no video" in text
 
 
 def test_summary_claims_no_saving_where_nothing_was_shared():
