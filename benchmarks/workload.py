@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import tempfile
 import threading
@@ -35,37 +36,39 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
     Path
         The file.
     """
-    from daskshare.models import darknet
-    from daskshare.models.yolov3 import packaged_cfg
-
     folder = folder or Path(tempfile.gettempdir())
     path = folder / f"{network}-random-{seed}.weights"
     if path.exists():
         return path
     random = np.random.default_rng(seed)
-    parsed = darknet.parse_cfg(packaged_cfg(network), path=f"{network}.cfg")
     partial = path.with_suffix(f".{os.getpid()}.part")
     with partial.open("wb") as out:
         np.array([0, 2, 0], np.int32).tofile(out)
         np.array([0], np.int64).tofile(out)
-        for layer in darknet.convolutions(parsed):
-            filters = layer.filters
-            fan_in = layer.in_channels // layer.groups * layer.size**2
-            bias = np.zeros(filters, np.float32)
+        for layer in plan_of(network).convolutions:
+            bias = np.zeros(layer.channels, np.float32)
             if layer.batch_normalize:
-                scale = np.ones(filters, np.float32)
                 bias.tofile(out)
-                scale.tofile(out)
-                np.zeros(filters, np.float32).tofile(out)  # rolling mean
-                np.ones(filters, np.float32).tofile(out)  # rolling variance
+                np.ones(layer.channels, np.float32).tofile(out)  # scale
+                np.zeros(layer.channels, np.float32).tofile(out)  # rolling mean
+                np.ones(layer.channels, np.float32).tofile(out)  # rolling variance
             else:
                 bias.reshape(3, -1)[:, 4] = -4.0
                 bias.tofile(out)
-            gain = np.sqrt(2.0 / (1 + 0.1**2) / fan_in) * (0.7 if layer.size == 1 else 1.0)
-            weights = random.standard_normal(filters * fan_in, np.float32) * np.float32(gain)
-            weights.tofile(out)
+            fan_in = int(np.prod(layer.weight_shape[1:]))
+            gain = np.float32(np.sqrt(1.4 / fan_in))
+            (random.standard_normal(layer.weight_shape, np.float32) * gain).tofile(out)
     partial.replace(path)
     return path
+
+
+def plan_of(network: str) -> Any:
+    """Layers of a packaged network."""
+    from daskshare.models.darknet import parse_cfg
+
+    name = f"{network}.cfg"
+    text = importlib.resources.files("daskshare").joinpath("data", name).read_text("utf-8")
+    return parse_cfg(text, path=name)
 
 
 def host_frames(num_frames: int, size: int, *, seed: int = 0) -> np.ndarray:

@@ -9,6 +9,7 @@ the slot's output buffers (compute stream), and the transfer of these into page-
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -25,6 +26,11 @@ from daskshare.models.spec import Program
 __all__ = ["CudaRunner"]
 
 logger = logging.getLogger(__name__)
+
+# Torch allows one capture at a time in a process; each model has a thread that may capture.
+_CAPTURING = threading.Lock()
+# Torch's allocators may ask a graph whose capture failed whether it captures, for ever.
+_FAILED_CAPTURES: list[torch.cuda.CUDAGraph] = []
 
 # Models whose inputs come in ever new shapes would otherwise capture without end.
 _MAX_GRAPHS_PER_SLOT = 16
@@ -259,11 +265,14 @@ class CudaRunner:
             # All graphs share one pool, which is safe only because they replay one after another
             # on one stream and leave nothing in it: outputs are copied to the slot's buffers
             # inside the graph. thread_local: callers may allocate meanwhile.
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=self._compute,
-                capture_error_mode="thread_local",
+            with (
+                _CAPTURING,
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._compute,
+                    capture_error_mode="thread_local",
+                ),
             ):
                 structure, leaves = self.forwards(batch)
                 if not buffers.fits(structure, leaves):
@@ -273,10 +282,21 @@ class CudaRunner:
         except Exception as error:
             self.graph_error = f"{type(error).__name__}: {error}"
             logger.warning("No CUDA graph, the model runs eagerly: %s", self.graph_error)
+            self._abort_capture(graph)
             self.check_device()
             return None
         state.graphs[key] = (graph, buffers)
         return state.graphs[key]
+
+    def _abort_capture(self, graph: torch.cuda.CUDAGraph) -> None:
+        # When the driver calls a capture invalid, torch's allocator goes on recording into the
+        # pool and never again frees what other streams used.
+        try:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        except RuntimeError:
+            return  # It was no longer recording: the capture ended as it should.
+        torch._C._cuda_releasePool(self._device.index, self._pool)
+        _FAILED_CAPTURES.append(graph)
 
 
 def _coalesced(

@@ -64,7 +64,7 @@ class RequestQueue:
         Exception
             What was given to :meth:`refuse`.
         """
-        request = Request(int(items.shape[0]))
+        request = Request(int(items.shape[0]), task)
         self._watch(request)
         with self.lock:
             self._check_open()
@@ -113,10 +113,7 @@ class RequestQueue:
 
     def items_done(self, segment: Segment) -> None:
         """Give back what a segment's items took; under the lock."""
-        piece = segment.piece
-        piece.remaining -= segment.num_items
-        if piece.remaining == 0:
-            self._release(piece)
+        self._count_down(segment.piece, segment.num_items)
 
     def drop(self, request: Request) -> bool:
         """Take a request out; False when it was out already; under the lock.
@@ -128,9 +125,7 @@ class RequestQueue:
         request.finished = True
         self.requests.discard(request)
         for piece in request.pieces:
-            piece.remaining -= self.batcher.cancel(piece.piece_id)
-            if piece.remaining == 0:
-                self._release(piece)
+            self._count_down(piece, self.batcher.cancel(piece.piece_id))
         request.pieces.clear()
         self.room_made()
         return True
@@ -241,6 +236,12 @@ class RequestQueue:
             self._pieces[piece.piece_id] = piece
             request.pieces.append(piece)
             self.work.notify()
+
+    def _count_down(self, piece: Piece, num_items: int) -> None:
+        piece.remaining -= num_items
+        if num_items and piece.remaining == 0:
+            self.batcher.finished(piece.request.task, time.monotonic())
+            self._release(piece)
 
     def _release(self, piece: Piece) -> None:
         if piece.cells is not None:

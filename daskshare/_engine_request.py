@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -50,11 +50,13 @@ class Request:
         "pieces",
         "remaining",
         "running",
+        "task",
     )
 
-    def __init__(self, num_items: int) -> None:
+    def __init__(self, num_items: int, task: Hashable = None) -> None:
         self.future: Future[Any] = Future()
         self.num_items = num_items
+        self.task = task
         self.remaining = num_items
         self.outputs: HostOutputs | None = None
         self.pieces: list[Piece] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,7 +123,9 @@ class DynamicBatcher:
     """Queue of requests of many items that comes out as batches.
 
     A batch is due when it is full, when its oldest item has waited ``max_wait_seconds``, or when
-    the device is idle. Tasks take turns: a turn is one request, and at most one batch of it, so a
+    the device is idle and no task is expected: one whose last request was done less than
+    ``max_wait_seconds`` ago and that has none now is about to come with its next one, and half a
+    batch run too early costs more than the moment that the device waits. Tasks take turns: a turn is one request, and at most one batch of it, so a
     task that floods the queue delays another task's small request by one batch. (Strict order of
     arrival would delay it by the whole queue.) Requests of one task keep their order. Groups
     (items of equal shape and dtype) take turns as well, a batch each.
@@ -133,7 +135,8 @@ class DynamicBatcher:
     max_batch_size : int
         Most items in a batch.
     max_wait_seconds : float
-        How long an item waits for its batch to fill while the device is busy.
+        How long an item waits for its batch to fill while the device is busy, or while tasks that
+        were just served are expected with more.
     max_queue_items : int
         Most items that wait; :meth:`admit` refuses more.
     batch_sizes : sequence of int
@@ -175,6 +178,9 @@ class DynamicBatcher:
         self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
         self._group_of: dict[Hashable, Hashable] = {}
         self._num_items = 0
+        # Tasks with requests that are not done, and tasks without, by the time of their last one.
+        self._unfinished: Counter[Hashable] = Counter()
+        self._expected: OrderedDict[Hashable, float] = OrderedDict()
         self._ceiling = max_batch_size
         self._sizes: list[int] = []
         self.set_ceiling(max_batch_size)
@@ -258,7 +264,26 @@ class DynamicBatcher:
         self._groups[group].add(_Request(request_id, num_items, now_seconds, task))
         self._group_of[request_id] = group
         self._num_items += num_items
+        self._unfinished[task] += 1
+        self._expected.pop(task, None)
         return True
+
+    def finished(self, task: Hashable, now_seconds: float) -> None:
+        """Say that a request of ``task`` is done or was cancelled; its next is expected now.
+
+        Parameters
+        ----------
+        task : hashable
+            As it was admitted.
+        now_seconds : float
+            The time.
+        """
+        self._unfinished[task] -= 1
+        if self._unfinished[task] <= 0:
+            del self._unfinished[task]
+            self._expected[task] = now_seconds
+            self._expected.move_to_end(task)
+        self._forget_late(now_seconds)
 
     def cancel(self, request_id: Hashable) -> int:
         """Forget what still waits of a request and return its number of items (0: nothing)."""
@@ -279,7 +304,7 @@ class DynamicBatcher:
         now_seconds : float
             The time.
         device_idle : bool
-            Whether nothing runs on the device: then whatever waits is due.
+            Whether nothing runs on the device: then what waits is due unless more is expected.
         """
         chosen = self._due(now_seconds, device_idle)
         if chosen is _NONE:
@@ -296,17 +321,21 @@ class DynamicBatcher:
         return Batch(tuple(parts), num_items, self.padded_size(num_items), chosen)
 
     def deadline(self) -> float | None:
-        """Time from which a batch is due on a busy device; None when nothing waits.
+        """Time from which a batch is due though nothing else comes; None when nothing waits.
 
         A time in the past means that one is due already.
         """
         if not self._groups:
             return None
-        return min(
+        due_seconds = min(
             group.oldest_seconds()
             + (0.0 if group.num_items >= self._ceiling else self.max_wait_seconds)
             for group in self._groups.values()
         )
+        if self._expected:
+            last_seconds = next(reversed(self._expected.values()))
+            due_seconds = min(due_seconds, last_seconds + self.max_wait_seconds)
+        return due_seconds
 
     def _due(self, now_seconds: float, device_idle: bool) -> Hashable:
         for key, group in self._groups.items():
@@ -315,7 +344,17 @@ class DynamicBatcher:
             # The sum, as in deadline(): the difference may round to just below the wait.
             if group.oldest_seconds() + self.max_wait_seconds <= now_seconds:
                 return key
-        return next(iter(self._groups), _NONE) if device_idle else _NONE
+        self._forget_late(now_seconds)
+        if self._expected or not device_idle:
+            return _NONE
+        return next(iter(self._groups), _NONE)
+
+    def _forget_late(self, now_seconds: float) -> None:
+        while self._expected:
+            task, done_seconds = next(iter(self._expected.items()))
+            if done_seconds + self.max_wait_seconds > now_seconds:
+                break
+            del self._expected[task]
 
     def _drop_if_empty(self, key: Hashable) -> None:
         if not self._groups[key].arrivals:

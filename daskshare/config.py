@@ -82,7 +82,7 @@ class EngineOptions:
     """
 
     max_batch_size: int | None = None
-    max_wait_seconds: float = 0.005
+    max_wait_seconds: float = 0.01
     slots: int = 2
     queue_batches: int = 4
     compile: str | bool = "auto"

@@ -74,13 +74,14 @@ class Device:
         return int(torch.cuda.mem_get_info(self.index)[0])
 
     def release_cached_memory(self) -> None:
-        """Give memory that torch keeps for reuse back to the device."""
+        """Give memory that torch keeps for reuse back: the device's and page-locked host memory."""
         if self.is_cuda:
             import torch
 
             with torch.cuda.device(self.index):
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+            torch._C._host_emptyCache()
 
 
 def list_devices() -> list[Device]:

@@ -284,7 +284,7 @@ class InferenceEngine:
                         return self._free_slots.popleft(), *taken, num_items, padded_size
                     if taken is not None:
                         continue
-                    if idle and self._closing:
+                    if idle and self._closing and not self._batcher.num_items:
                         return None
                     wake_seconds = self._batcher.deadline()
                 self._work.wait(
@@ -439,7 +439,7 @@ class InferenceEngine:
         try:
             with self._runner.activate():
                 compiled = self.program.compile(size)
-        except Exception as error:
+        except BaseException as error:
             self._compile_failed(error)
             self._compile_ended.set()
             return
@@ -450,7 +450,7 @@ class InferenceEngine:
             self._compiled = compiled
             self._work.notify()
 
-    def _compile_failed(self, error: Exception) -> None:
+    def _compile_failed(self, error: BaseException) -> None:
         traceback.clear_frames(error.__traceback__)
         logger.warning("Model %s is served eagerly: compiling failed", self.name, exc_info=error)
         self._compile_error = f"{type(error).__name__}: {error}"

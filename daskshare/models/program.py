@@ -107,9 +107,11 @@ class YoloV3Program:
 
         Notes
         -----
-        Runs in the callers' threads, many at once. Frames in GPU memory must be ready on the
-        thread's current torch stream (CuPy arrays: on CuPy's); they are when this returns.
+        Runs in the callers' threads, many at once. Frames in GPU memory are read, and ``items``
+        are made, in the order of the thread's current torch stream, from which the thread must
+        submit too. Memory that is not torch's own has been read when this returns.
         """
+        values = inputs if isinstance(inputs, list | tuple) else [inputs]
         if isinstance(inputs, list | tuple):
             if not inputs:
                 raise InvalidInputError(f"got an empty list; {_EXPECTED}.", shape=(0,), dtype=None)
@@ -120,6 +122,9 @@ class YoloV3Program:
             items: Any = self._prepare_host([_to_host(group) for group in groups])
         else:
             items = self._prepare_device(groups)
+            # Others recycle memory without regard to torch's streams as soon as it is dropped.
+            if not all(isinstance(value, torch.Tensor | np.ndarray) for value in values):
+                torch.cuda.current_stream(self._device).synchronize()
         context = []
         for group in groups:
             context += [Letterbox(group.shape[1], group.shape[2], *self._size)] * len(group)
@@ -139,7 +144,13 @@ class YoloV3Program:
         return out
 
     def _prepare_device(self, groups: list[Any]) -> torch.Tensor:
-        tensors = [torch.as_tensor(group).to(self._device).contiguous() for group in groups]
+        tensors = [
+            # A copy first, as torch refuses arrays with negative strides.
+            torch.from_numpy(group.copy()).to(self._device)
+            if isinstance(group, np.ndarray)
+            else group.to(self._device).contiguous()
+            for group in groups
+        ]
         if len(tensors) == 1 and tensors[0].shape[1:3] == self._size:
             out = tensors[0]
         else:
@@ -149,7 +160,6 @@ class YoloV3Program:
             for tensor in tensors:
                 letterbox_cuda(tensor, out[start : start + len(tensor)])
                 start += len(tensor)
-        torch.cuda.current_stream(self._device).synchronize()
         return out
 
     @torch.inference_mode()

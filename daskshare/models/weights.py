@@ -286,7 +286,7 @@ def write_safetensors(
         (weight_name, _), (bias_name, _) = _names(layer)
         kernel, bias = weights[layer.index].weight, weights[layer.index].bias
         largest = float(np.abs(kernel).max())
-        if not largest <= np.finfo(dtype).max:
+        if not largest <= float(np.finfo(dtype).max):
             raise WeightsError(
                 f"{weight_name} has a magnitude of {largest:g}; {precision} ends at "
                 f"{np.finfo(dtype).max:g}. Write it with precision fp32.",

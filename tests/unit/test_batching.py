@@ -294,3 +294,43 @@ def test_at_its_deadline_a_batch_is_due(now, wait):
     deadline = b.deadline()
     assert deadline is not None
     assert b.next_batch(deadline, device_idle=False) is not None
+
+
+def test_idle_device_waits_for_a_task_that_was_just_served():
+    b = batcher()
+    b.admit("a1", 3, 0.0, task="a")
+    b.admit("b1", 3, 0.0, task="b")
+    first = b.next_batch(0.0, device_idle=True)
+    assert first is not None
+    assert first.num_items == 6
+    b.finished("a", 5.0)
+    b.finished("b", 5.0)
+    b.admit("a2", 3, 5.2, task="a")
+    assert b.next_batch(5.2, device_idle=True) is None
+    assert b.deadline() == 6.0
+    b.admit("b2", 3, 5.4, task="b")
+    both = b.next_batch(5.4, device_idle=True)
+    assert both is not None
+    assert both.num_items == 6
+
+
+def test_idle_device_stops_waiting_for_a_task_that_does_not_come():
+    b = batcher()
+    b.admit("b1", 1, 0.0, task="b")
+    b.next_batch(0.0, device_idle=True)
+    b.finished("b", 5.0)
+    b.admit("a", 3, 5.2, task="a")
+    assert b.next_batch(5.999, device_idle=True) is None
+    alone = b.next_batch(6.0, device_idle=True)
+    assert alone is not None
+    assert alone.parts == (Part("a", 0, 3),)
+
+
+def test_task_with_another_request_is_not_expected():
+    b = batcher()
+    b.admit("a1", 1, 0.0, task="a")
+    b.admit("a2", 1, 0.0, task="a")
+    b.next_batch(0.0, device_idle=True)
+    b.finished("a", 1.0)
+    b.admit("c", 1, 1.0, task="c")
+    assert b.next_batch(1.0, device_idle=True) is not None

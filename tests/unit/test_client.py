@@ -101,7 +101,7 @@ class Clip:
             problem = ""
             decoder = "pyav"
 
-            def __iter__(inner):  # noqa: N805
+            def __iter__(inner):
                 at = first
                 for values in self.batches:
                     times = np.arange(at, at + len(values)) / 10

@@ -288,7 +288,9 @@ def test_what_no_model_takes_is_refused(inputs, got):
 
 def test_gpu_memory_on_a_worker_without_a_gpu_is_refused():
     class CudaArray:
-        __cuda_array_interface__ = {"shape": (1,), "typestr": "<f4", "data": (0, False)}
+        @property
+        def __cuda_array_interface__(self):
+            return {"shape": (1,), "typestr": "<f4", "data": (0, False), "version": 3}
 
     with pytest.raises(InvalidInputError, match="GPU memory"):
         spec_of(torch.sin).load(Device.cpu()).prepare(CudaArray())
