@@ -116,7 +116,9 @@ def random_floats(plan: NetworkPlan, *, seed: int = 0) -> np.ndarray:
         if layer.batch_normalize:
             parts += [rng.uniform(0.5, 2, n), rng.normal(0, 0.2, n), rng.uniform(0.2, 2, n)]
         fan_in = np.prod(layer.weight_shape[1:])
-        parts.append(rng.normal(0, 1.5 / np.sqrt(fan_in), np.prod(layer.weight_shape)))
+        # Heads stay small: saturated sigmoids would tie, and the order of ties is not defined.
+        spread = (1.5 if layer.batch_normalize else 0.5) / np.sqrt(fan_in)
+        parts.append(rng.normal(0, spread, np.prod(layer.weight_shape)))
     return np.concatenate(parts).astype("<f4")
 
 

@@ -1,8 +1,9 @@
 """Detections of another implementation of YOLO-v3 on every tenth frame of the traffic clip.
 
-Its rules, found by experiment: RGB, letterbox to 416x416 with sides rounded to the nearest pixel
-and the smaller half of the fill first, one class a box (the best), confidence = objectness times class
-probability, suppression a class, boxes mapped back by one scale for both axes and not clipped.
+Its rules, found by experiment: RGB; letterbox to 416x416 with sides rounded to the nearest pixel
+and the smaller half of the fill first; one class a box, the best, whose probability times
+objectness is the confidence; suppression class by class; boxes mapped back by one scale for both
+axes and not clipped.
 """
 
 from __future__ import annotations

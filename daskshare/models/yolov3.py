@@ -228,7 +228,7 @@ def _class_ids(
 def _input_size(input_size: int | tuple[int, int] | None, default: NetworkPlan) -> tuple[int, int]:
     if input_size is None:
         return default.height, default.width
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    size = tuple(input_size) if isinstance(input_size, tuple | list) else (input_size,) * 2
     stride = default.stride
     if len(size) != 2 or any(
         isinstance(side, bool) or not isinstance(side, int) or side < stride or side % stride
