@@ -32,6 +32,14 @@ CONDA_NAMES = {
     "matplotlib": "matplotlib-base",
     "cupy-cuda13x": "cupy",
 }
+# What is imported by another name than it is installed by.
+DISTRIBUTIONS = {
+    "cupy": "cupy-cuda13x",
+    "pynvml": "nvidia-ml-py",
+    "cv2": "opencv-python-headless",
+    "PyNvVideoCodec": "pynvvideocodec",
+    "yaml": "pyyaml",
+}
 # Of conda only: the interpreter, its tools, and what PyPI's packages bring or assume.
 CONDA_ONLY = {"python", "pip", "pytorch-gpu", "cuda-version", "openjdk"}
 
@@ -103,12 +111,15 @@ def test_cuda_of_cupy_dask_cuda_and_conda_agree():
     assert environment()[0]["cuda-version"] == SpecifierSet("==13.*")
 
 
+ON_LINUX = {"torch", "dask-cuda", "cupy-cuda13x", "nvidia-ml-py"}
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize(
     ("system", "machine", "expected"),
     [
-        ("linux", "x86_64", {"torch", "dask-cuda", "cupy-cuda13x", "pynvvideocodec"}),
-        ("linux", "aarch64", {"torch", "dask-cuda", "cupy-cuda13x"}),
+        ("linux", "x86_64", ON_LINUX | {"pynvvideocodec"}),
+        ("linux", "aarch64", ON_LINUX),
         ("darwin", "arm64", set()),
         ("win32", "AMD64", set()),
     ],
@@ -125,6 +136,35 @@ def test_gpu_extra_asks_only_for_what_has_wheels(python, system, machine, expect
         if requirement.marker is None or requirement.marker.evaluate(there)
     }
     assert asked == expected
+
+
+def _imports(folder: str) -> set[str]:
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+    return {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("daskshare", ("base", "gpu")),
+        ("plugins", ("base",)),
+        ("examples", ("base", "demo")),
+        ("benchmarks", ("base", "gpu", "demo", "test")),
+        ("tools", ()),
+    ],
+)
+def test_every_import_is_a_declared_dependency(folder, extras):
+    imported = {
+        canonicalize_name(DISTRIBUTIONS.get(name, name))
+        for name in _imports(folder) - {"daskshare", "benchmarks", "tools"}
+    }
+    assert imported <= pyproject(*extras).keys()
 
 
 def test_constraints_pin_every_requirement_to_a_version_it_accepts():
