@@ -33,7 +33,7 @@ FLOORS: list[list[str]] = [
     ["spark", "spark.*"],
     ["dashboard", "dashboard.*"],
     ["testing"],
-    ["cli", "__main__"],
+    ["cli", "demo", "__main__"],
 ]
 
 PURE = ["batching", "placement", "chunking"]
