@@ -34,7 +34,9 @@ def loop(video: str, output: str) -> None:
     device = current_device()
     program = yolov3_spec("yolov3-tiny").load(device)
     started = time.perf_counter()
-    columns: dict[str, list[Any]] = {name: [] for name in ("frame", "class_id", "confidence", "box")}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("frame", "class_id", "confidence", "box")
+    }
     first, frames = 0, []
 
     def infer() -> None:
@@ -90,7 +92,14 @@ def run_daskshare(video: str, folder: Path) -> dict[str, Any]:
 
 
 def run_loop(video: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.clip", "--loop", video, str(folder / "loop.parquet")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.clip",
+        "--loop",
+        video,
+        str(folder / "loop.parquet"),
+    ]
     seconds, printed = timed(command)
     return {"seconds": seconds, **json.loads(printed.splitlines()[-1])}
 

@@ -41,13 +41,17 @@ def make_spec(settings: dict[str, Any], precision: str | None) -> Any:
 # --- copies in processes --------------------------------------------------------------------------
 
 
-def process_main(settings: dict[str, Any], precision: str | None, commands: Any, replies: Any) -> None:
+def process_main(
+    settings: dict[str, Any], precision: str | None, commands: Any, replies: Any
+) -> None:
     """A task's own process: waits for ("run", seconds, reload each task?) and answers."""
     import torch
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    frames = workload.host_frames(settings["request_frames"], settings["input_size"], seed=os.getpid())
+    frames = workload.host_frames(
+        settings["request_frames"], settings["input_size"], seed=os.getpid()
+    )
     spec = make_spec(settings, precision)
     model = workload.Eager(spec)
     model(frames)
@@ -99,7 +103,9 @@ class Processes:
             except queue.Empty:
                 dead = [p for p, _ in self.members if not p.is_alive()]
                 if dead:
-                    raise RuntimeError(f"{len(dead)} processes died, exit {dead[0].exitcode}") from None
+                    raise RuntimeError(
+                        f"{len(dead)} processes died, exit {dead[0].exitcode}"
+                    ) from None
 
     def run(self, kind: str, seconds: float) -> list[tuple[int, float, float, int]]:
         for _, commands in self.members:
@@ -270,7 +276,9 @@ def receive(replies: Any, process: Any) -> Any:
 # --- daskshare ------------------------------------------------------------------------------------
 
 
-def task(model: Any, index: int, settings: dict[str, Any], seconds: float) -> tuple[int, float, float]:
+def task(
+    model: Any, index: int, settings: dict[str, Any], seconds: float
+) -> tuple[int, float, float]:
     """What one Dask task does: hand frames over until the time is up."""
     frames = workload.host_frames(settings["request_frames"], settings["input_size"], seed=index)
     return workload.run_for(model, frames, seconds)
@@ -400,7 +408,9 @@ def main() -> int:
     parser.add_argument("--concurrency", default="1,2,4,8,16")
     parser.add_argument("--request-frames", type=int, default=8)
     parser.add_argument("--batch", type=int, help="largest batch of daskshare's engine")
-    parser.add_argument("--only", default="", help="comma list of: task,process,thread,loop,daskshare")
+    parser.add_argument(
+        "--only", default="", help="comma list of: task,process,thread,loop,daskshare"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG")
     arguments = parser.parse_args()
     settings = make_settings(arguments)

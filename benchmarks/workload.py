@@ -36,6 +36,8 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
     Path
         The file.
     """
+    from daskshare.models.plan import Shortcut
+
     folder = folder or Path(tempfile.gettempdir())
     path = folder / f"{network}-random-{seed}.weights"
     if path.exists():
@@ -45,7 +47,9 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
     with partial.open("wb") as out:
         np.array([0, 2, 0], np.int32).tofile(out)
         np.array([0], np.int64).tofile(out)
-        for layer in plan_of(network).convolutions:
+        plan = plan_of(network)
+        shortcuts = {layer.index for layer in plan.layers if isinstance(layer, Shortcut)}
+        for layer in plan.convolutions:
             bias = np.zeros(layer.channels, np.float32)
             if layer.batch_normalize:
                 bias.tofile(out)
@@ -53,10 +57,11 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
                 np.zeros(layer.channels, np.float32).tofile(out)  # rolling mean
                 np.ones(layer.channels, np.float32).tofile(out)  # rolling variance
             else:
-                bias.reshape(3, -1)[:, 4] = -4.0
+                bias.reshape(3, -1)[:, 4] = -4.5
                 bias.tofile(out)
             fan_in = int(np.prod(layer.weight_shape[1:]))
-            gain = np.float32(np.sqrt(1.4 / fan_in))
+            # Each branch of a residual adds little, or activations would grow without bound.
+            gain = np.float32(np.sqrt((0.05 if layer.index + 1 in shortcuts else 2.0) / fan_in))
             (random.standard_normal(layer.weight_shape, np.float32) * gain).tofile(out)
     partial.replace(path)
     return path

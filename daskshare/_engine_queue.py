@@ -94,9 +94,13 @@ class RequestQueue:
             raise
         return request.future
 
-    def take(self, *, device_idle: bool) -> tuple[list[Segment], Group] | None:
+    def take(
+        self, *, device_idle: bool, not_before_seconds: float
+    ) -> tuple[list[Segment], Group] | None:
         """Take what is due, without what was cancelled; under the lock."""
-        batch = self.batcher.next_batch(time.monotonic(), device_idle=device_idle)
+        batch = self.batcher.next_batch(
+            time.monotonic(), device_idle=device_idle, not_before_seconds=not_before_seconds
+        )
         if batch is None:
             return None
         segments = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["EngineStats", "Tally"]
@@ -64,11 +65,23 @@ class Tally:
         self.sizes: Counter[int] = Counter()
         self.busy_seconds = 0.0
         self._last_done_seconds = 0.0
+        self._usual_seconds: dict[int, float] = {}
 
-    def add(self, num_items: int, launched_seconds: float, done_seconds: float) -> None:
+    def add(
+        self, num_items: int, padded_size: int, launched_seconds: float, done_seconds: float
+    ) -> None:
         """Count a batch that is done; batches overlap, so its time starts after the last one's."""
         self.frames += num_items
         self.batches += 1
         self.sizes[num_items] += 1
-        self.busy_seconds += done_seconds - max(launched_seconds, self._last_done_seconds)
+        took_seconds = done_seconds - max(launched_seconds, self._last_done_seconds)
+        self.busy_seconds += took_seconds
         self._last_done_seconds = done_seconds
+        before = self._usual_seconds.get(padded_size, took_seconds)
+        self._usual_seconds[padded_size] = (before + took_seconds) / 2
+
+    def free_seconds(self, launched_seconds: float, padded_sizes: Iterable[int]) -> float:
+        """Guess when the device will have run the batches in flight, the first launched then."""
+        return max(launched_seconds, self._last_done_seconds) + sum(
+            self._usual_seconds.get(size, 0.0) for size in padded_sizes
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -296,7 +297,9 @@ class DynamicBatcher:
         self._drop_if_empty(group_key)
         return items
 
-    def next_batch(self, now_seconds: float, *, device_idle: bool) -> Batch | None:
+    def next_batch(
+        self, now_seconds: float, *, device_idle: bool, not_before_seconds: float = -math.inf
+    ) -> Batch | None:
         """Take the next batch that is due, or None.
 
         Parameters
@@ -305,8 +308,11 @@ class DynamicBatcher:
             The time.
         device_idle : bool
             Whether nothing runs on the device: then what waits is due unless more is expected.
+        not_before_seconds : float
+            Time before which a busy device could not start a batch anyway: until then one that is
+            not full may go on filling, however long its items have waited.
         """
-        chosen = self._due(now_seconds, device_idle)
+        chosen = self._due(now_seconds, device_idle, not_before_seconds)
         if chosen is _NONE:
             return None
         group = self._groups[chosen]
@@ -337,12 +343,13 @@ class DynamicBatcher:
             due_seconds = min(due_seconds, last_seconds + self.max_wait_seconds)
         return due_seconds
 
-    def _due(self, now_seconds: float, device_idle: bool) -> Hashable:
+    def _due(self, now_seconds: float, device_idle: bool, not_before_seconds: float) -> Hashable:
+        may_start = now_seconds >= not_before_seconds
         for key, group in self._groups.items():
             if group.num_items >= self._ceiling:
                 return key
             # The sum, as in deadline(): the difference may round to just below the wait.
-            if group.oldest_seconds() + self.max_wait_seconds <= now_seconds:
+            if may_start and group.oldest_seconds() + self.max_wait_seconds <= now_seconds:
                 return key
         self._forget_late(now_seconds)
         if self._expected or not device_idle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import traceback
@@ -16,9 +17,9 @@ import torch
 from daskshare._engine_cuda import CudaRunner
 from daskshare._engine_input import as_items, group_of, without_rows
 from daskshare._engine_queue import RequestQueue
-from daskshare._engine_recovery import react
-from daskshare._engine_request import Group, HostOutputs, Request, Segment, split
-from daskshare._engine_runner import CpuRunner, Flight, Runner, is_out_of_memory
+from daskshare._engine_recovery import Recovery
+from daskshare._engine_request import Group, HostOutputs, Request, Segment
+from daskshare._engine_runner import CpuRunner, Flight, Runner
 from daskshare._engine_staging import Staging
 from daskshare._engine_stats import EngineStats, Tally
 from daskshare.batching import DynamicBatcher
@@ -32,6 +33,8 @@ __all__ = ["EngineStats", "InferenceEngine"]
 logger = logging.getLogger(__name__)
 
 _COMPILER_GRACE_SECONDS = 1.0
+# Enough to copy a batch in and launch it before the device runs dry.
+_LEAD_SECONDS = 0.003
 
 _Launch = tuple[int, list[Segment], Group, int, int]
 _Forward = Callable[[torch.Tensor], Any]
@@ -270,14 +273,17 @@ class InferenceEngine:
         with self._lock:
             while self._dead is None and not self._abandoned:
                 idle = not self._flights
-                wake_seconds = None
+                wake_seconds: float | None = None
                 if self._compiled is not None:
                     # Swapping needs every slot; batches wait for it.
                     if idle:
                         compiled, self._compiled = self._compiled, None
                         return compiled
                 elif self._free_slots:
-                    taken = self._queue.take(device_idle=idle or self._closing)
+                    start_seconds = self._could_start_seconds()
+                    taken = self._queue.take(
+                        device_idle=idle or self._closing, not_before_seconds=start_seconds
+                    )
                     if taken is not None and taken[0]:
                         num_items = sum(segment.num_items for segment in taken[0])
                         padded_size = self._batcher.padded_size(num_items)
@@ -286,11 +292,23 @@ class InferenceEngine:
                         continue
                     if idle and self._closing and not self._batcher.num_items:
                         return None
-                    wake_seconds = self._batcher.deadline()
+                    due_seconds = self._batcher.deadline()
+                    if due_seconds is not None:
+                        wake_seconds = max(due_seconds, start_seconds)
                 self._work.wait(
                     None if wake_seconds is None else max(0.0, wake_seconds - time.monotonic())
                 )
             return None
+
+    def _could_start_seconds(self) -> float:
+        # A batch sent earlier than the device is about to be free would only wait there, when it
+        # could fill here; a wrong guess ends when the device is idle.
+        if not self._flights:
+            return -math.inf
+        free_seconds = self._tally.free_seconds(
+            self._flights[0].launched_seconds, [flight.padded_size for flight in self._flights]
+        )
+        return free_seconds - _LEAD_SECONDS
 
     def _launch(
         self, slot: int, segments: list[Segment], group: Group, num_items: int, padded_size: int
@@ -311,56 +329,20 @@ class InferenceEngine:
     def _recover(
         self, segments: list[Segment], group: Group, padded_size: int, error: Exception
     ) -> None:
-        """Run a failed batch again in ever smaller parts, so that only its bad frames fail."""
         self._runner.check_device()
         with self._lock:
             # Results stay in order, and memory in use by other batches comes free.
             while self._flights and self._dead is None:
                 self._work.wait()
-        num_items = sum(segment.num_items for segment in segments)
-        if num_items < padded_size and not is_out_of_memory(error):
-            # An old row in the padding may be the bad one: run again with padding of its own.
-            traceback.clear_frames(error.__traceback__)
-            todo = [segments]
-        else:
-            todo = self._react(segments, padded_size, error)
-        while todo and self._dead is None and not self._abandoned:
-            part = [s for s in todo.pop() if not s.piece.request.finished]
-            part, rest = split(part, self._batcher.ceiling)
-            if rest:
-                todo.append(rest)
-            num_items = sum(segment.num_items for segment in part)
-            if not num_items:
-                continue
-            padded_size = self._batcher.padded_size(num_items)
-            started_seconds = time.monotonic()
-            try:
-                outputs = self._runner.run_now(part, group, num_items, padded_size)
-            except Exception as again:
-                self._runner.check_device()
-                todo += self._react(part, padded_size, again)
-            else:
-                self._deliver(part, num_items, outputs, started_seconds)
+        recovery = Recovery(
+            self._runner, self._queue, self.name, self.device, self._deliver, self._fail
+        )
+        recovery.start(segments, padded_size, error)
+        while self._dead is None and not self._abandoned and recovery.step(group):
+            pass
         with self._lock:
             for segment in segments:
                 self._queue.items_done(segment)
-
-    def _react(
-        self, segments: list[Segment], padded_size: int, error: Exception
-    ) -> list[list[Segment]]:
-        """Act on a failure; return what to run again, the first last."""
-        # Frames of the failed call hold tensors: device memory, for as long as the error lives.
-        traceback.clear_frames(error.__traceback__)
-        reaction = react(segments, padded_size, error, model=self.name, device=self.device)
-        if reaction.ceiling is not None:
-            with self._lock:
-                ceiling = min(self._batcher.ceiling, reaction.ceiling)
-                self._batcher.set_ceiling(ceiling)
-            logger.warning("Model %s: out of memory, batches of %d now", self.name, ceiling)
-            self._runner.shrink(ceiling)
-        if reaction.failure is not None:
-            self._fail(segments[0].piece.request, reaction.failure)
-        return reaction.parts[::-1]
 
     def _install(self, compiled: _Forward) -> None:
         try:
@@ -381,6 +363,7 @@ class InferenceEngine:
                     self._deliver(
                         flight.segments,
                         flight.num_items,
+                        flight.padded_size,
                         outputs,
                         flight.launched_seconds,
                         landed=flight,
@@ -398,6 +381,7 @@ class InferenceEngine:
         self,
         segments: Sequence[Segment],
         num_items: int,
+        padded_size: int,
         outputs: HostOutputs,
         launched_seconds: float,
         *,
@@ -421,7 +405,7 @@ class InferenceEngine:
                     self._fail(request, failure)
             row += segment.num_items
         with self._lock:
-            self._tally.add(num_items, launched_seconds, time.monotonic())
+            self._tally.add(num_items, padded_size, launched_seconds, time.monotonic())
             complete = [request for request in complete if self._queue.drop(request)]
             if landed is not None:
                 for segment in segments:

@@ -52,12 +52,16 @@ class _Convolution(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor
 
-    def __init__(self, layer: Convolutional, weights: LayerWeights, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: Convolutional, weights: LayerWeights, dtype: torch.dtype, extra: int = 0
+    ) -> None:
         super().__init__()
+        kernel = functional.pad(torch.from_numpy(weights.weight), (0,) * 7 + (extra,))
         # The kernels share the activations' layout, so that no convolution has to reorder them.
-        kernel = torch.from_numpy(weights.weight).to(dtype, memory_format=torch.channels_last)
+        kernel = kernel.to(dtype, memory_format=torch.channels_last)
         self.register_buffer("weight", kernel)
-        self.register_buffer("bias", torch.from_numpy(weights.bias).to(dtype))
+        bias = functional.pad(torch.from_numpy(weights.bias), (0, extra))
+        self.register_buffer("bias", bias.to(dtype))
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,6 +101,7 @@ class _Head(nn.Module):
     def __init__(self, layer: Yolo, height: int, width: int) -> None:
         super().__init__()
         self.channels = 5 + layer.num_classes
+        self.anchors = len(layer.anchors)
         self.scale = layer.scale_xy
         y, x = torch.meshgrid(
             torch.arange(layer.height, dtype=torch.float32),
@@ -113,15 +118,18 @@ class _Head(nn.Module):
         self.register_buffer("cell", torch.tensor((width / layer.width, height / layer.height)))
 
     def forward(self, x: torch.Tensor) -> Candidates:
-        # Channels-last memory makes this a view: (n, boxes, 5 + classes).
-        raw = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.channels)
+        # Channels-last memory makes this a view: (n, height, width, anchors, 5 + classes).
+        raw = x.permute(0, 2, 3, 1)[..., : self.anchors * self.channels]
+        raw = raw.unflatten(-1, (self.anchors, self.channels))
         # The sigmoid is monotonic, so the best class is known before it; geometry and confidence
         # are computed in fp32, as fp16 would move a wide box by whole pixels.
         best, class_id = raw[..., 5:].max(dim=-1)
         confidence = raw[..., 4].float().sigmoid() * best.float().sigmoid()
-        centre = (raw[..., :2].float().sigmoid() * self.scale + self.offset) * self.cell
-        half = raw[..., 2:4].float().exp() * self.half_anchor
-        return torch.cat((centre - half, centre + half), dim=-1), confidence, class_id
+        centre = raw[..., :2].flatten(1, 3).float().sigmoid() * self.scale + self.offset
+        centre = centre * self.cell
+        half = raw[..., 2:4].flatten(1, 3).float().exp() * self.half_anchor
+        boxes = torch.cat((centre - half, centre + half), dim=-1)
+        return boxes, confidence.flatten(1), class_id.flatten(1)
 
 
 class YoloNetwork(nn.Module):
@@ -164,15 +172,19 @@ class YoloNetwork(nn.Module):
         self.dtype = dtype
         self.confidence_threshold = confidence_threshold
         self.max_candidates = min(MAX_CANDIDATES, plan.num_boxes)
+        self._last_use = _last_use(plan)
         self.blocks = nn.ModuleList(self._block(layer, weights) for layer in plan.layers)
         allowed = torch.zeros(plan.num_classes, dtype=torch.bool)
         allowed[list(range(plan.num_classes) if class_ids is None else class_ids)] = True
         self.register_buffer("allowed", None if class_ids is None else allowed)
-        self._last_use = _last_use(plan)
 
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
         if isinstance(layer, Convolutional):
-            return _Convolution(layer, weights[layer.index], self.dtype)
+            feeds_head = layer.index in {head.index - 1 for head in self.plan.heads}
+            feeds_head = feeds_head and layer.index not in self._last_use
+            # Kernels for tensor cores want channels in eights; 255 of them cost four times as much.
+            extra = -layer.channels % 8 if feeds_head else 0
+            return _Convolution(layer, weights[layer.index], self.dtype, extra)
         if isinstance(layer, MaxPool):
             return _MaxPool(layer)
         if isinstance(layer, Yolo):

@@ -417,11 +417,8 @@ def test_torch_compile(start):
     assert engine.stats().graph_error == ""
 
 
-def test_close_frees_the_buffers():
-    program = ConvProgram()
-    engine = InferenceEngine(
-        program, current_device(), options=EngineOptions(compile=False), name="conv"
-    )
+def test_close_frees_the_buffers(start):
+    engine, _ = start()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     before = torch.cuda.memory_allocated()

@@ -45,6 +45,21 @@ def test_partial_batch_is_due_after_the_wait():
     assert due.num_items == 4
 
 
+def test_a_busy_device_lets_a_batch_fill_until_it_could_start():
+    b = batcher()
+    b.admit("a", 3, 0.0)
+    assert b.next_batch(2.0, device_idle=False, not_before_seconds=2.5) is None
+    b.admit("b", 5, 2.0)
+    due = b.next_batch(2.1, device_idle=False, not_before_seconds=2.5)
+    assert due is not None
+    assert due.num_items == 8
+    b.admit("c", 3, 2.1)
+    assert b.next_batch(3.1, device_idle=False, not_before_seconds=3.2) is None
+    assert b.next_batch(3.2, device_idle=False, not_before_seconds=3.2) is not None
+    b.admit("d", 3, 3.2)
+    assert b.next_batch(3.2, device_idle=True, not_before_seconds=9.0) is not None
+
+
 def test_idle_device_takes_what_waits():
     b = batcher()
     b.admit("a", 3, 0.0)
