@@ -166,7 +166,8 @@ def detect(
     from daskshare.results.summary import describe
 
     shared = yolov3(
-        model or "yolov3-tiny",
+        # A network of the user's own is named after its cfg.
+        model or ("yolov3" if cfg else "yolov3-tiny"),
         cfg=cfg,
         weights=weights,
         names=names,
@@ -217,7 +218,7 @@ def fetch(name: str) -> None:
     """Download a model's weights (yolov3, yolov3-spp, yolov3-tiny) and print where they lie."""
     from daskshare.models.fetch import fetch as fetch_weights
 
-    click.echo(str(fetch_weights(name)))
+    click.echo(str(fetch_weights(name, progress=sys.stderr.isatty())))
 
 
 @main.command()

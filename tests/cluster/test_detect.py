@@ -27,6 +27,7 @@ from daskshare.errors import (
 from daskshare.models.spec import Detections, Prepared
 from daskshare.results.parquet import read_detections
 from daskshare.results.schema import CHUNKS_SCHEMA, DETECTIONS_SCHEMA
+from tests.reference import disagreements, expected_detections
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def parts(output):
     """Identity of each part file: unchanged only if nobody wrote it again."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in (Path(output) / "detections").iterdir()
+        for path in (Path(output) / "detections").glob("[!.]*")
     }
 
 
@@ -413,7 +414,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
     if sign != signal.SIGKILL:
         assert "the same call does the rest" in stderr
     assert not (killed / "chunks.parquet").exists()
-    before = {n: s for n, s in parts(killed).items() if not n.startswith(".")}
+    before = parts(killed)
     assert before
     done = subprocess.run(
         command(*clips, "-o", killed, *options), capture_output=True, text=True, timeout=120
@@ -441,6 +442,32 @@ def assert_same_rows(got, want):
     for name in ("confidence", "x_min", "y_min", "x_max", "y_max"):
         # Batches are composed as frames come; sums in another order differ in the last bits.
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_clip_agrees_with_the_reference(tmp_path, client):
+    summary = daskshare.detect(
+        demo_clip(),
+        daskshare.yolov3("yolov3-tiny"),
+        tmp_path,
+        client=client,
+        chunk_seconds=2,
+        progress=False,
+    )
+    table = read_detections(tmp_path)
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "class_name"}
+    found = []
+    for number in expected_detections():
+        rows = columns["frame"] == number
+        boxes = [columns[name][rows] for name in ("x_min", "y_min", "x_max", "y_max")]
+        found.append(
+            Detections(
+                np.stack(boxes, axis=1), columns["confidence"][rows], columns["class_id"][rows], ()
+            )
+        )
+    assert disagreements(found, min_iou=0.95, max_confidence_error=0.02) == []
+    assert (summary.frames, summary.chunks, summary.model_loads) == (250, 6, 1)
+    assert summary.concurrent_tasks > 1
 
 
 @pytest.mark.slow

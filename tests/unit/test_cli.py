@@ -168,10 +168,12 @@ def test_sigterm_counts_as_an_interrupt(monkeypatch):
 def test_fetch_prints_the_path_or_the_advice(monkeypatch):
     import daskshare.models.fetch
 
-    monkeypatch.setattr(daskshare.models.fetch, "fetch", lambda name: Path("/cache") / name)
+    monkeypatch.setattr(
+        daskshare.models.fetch, "fetch", lambda name, progress: Path("/cache") / name
+    )
     assert run("fetch", "yolov3").stdout == "/cache/yolov3\n"
 
-    def offline(name):
+    def offline(name, progress):
         raise DownloadError("put the file there", name=name, path="/cache/x")
 
     monkeypatch.setattr(daskshare.models.fetch, "fetch", offline)
