@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -381,14 +382,14 @@ def command(*args):
     return [sys.executable, "-m", "daskshare", "detect", *map(str, args)]
 
 
-def wait_for_part(process, folder):
-    """Wait until the first part file appears, woken by the file system's own growth."""
+def wait_for_part(ended, folder):
+    """Look for the first part file until it appears; ``ended()`` tells that none will."""
     deadline = time.monotonic() + 90
     pause = threading.Event()
     while time.monotonic() < deadline:
         if any(folder.glob("[!.]*.parquet")):
             return
-        assert process.poll() is None, process.stderr.read()
+        assert not ended()
         pause.wait(0.005)
     raise AssertionError("no part file within 90 s")
 
@@ -407,7 +408,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_for_part(process, killed / "detections")
+        wait_for_part(lambda: process.poll() is not None, killed / "detections")
         process.send_signal(sign)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if sign == signal.SIGKILL else 130), stderr
@@ -442,6 +443,36 @@ def assert_same_rows(got, want):
     for name in ("confidence", "x_min", "y_min", "x_max", "y_max"):
         # Batches are composed as frames come; sums in another order differ in the last bits.
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path):
+    with (
+        daskshare.local_cluster(
+            device="cpu", n_workers=2, threads_per_worker=2, dashboard_address=None
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        clips = [tmp_path / f"{name}.mp4" for name in "abc"]
+        for clip in clips:
+            os.symlink(demo_clip(), clip)
+        victim = min(client.run(os.getpid).values())
+        run = pool.submit(
+            daskshare.detect,
+            clips,
+            daskshare.yolov3("yolov3-tiny", input_size=160),
+            tmp_path / "out",
+            client=client,
+            chunk_seconds=1,
+            progress=False,
+        )
+        wait_for_part(run.done, tmp_path / "out" / "detections")
+        os.kill(victim, signal.SIGKILL)
+        summary = run.result(timeout=90)
+    assert summary.failed == ()
+    assert summary.frames == 750
+    assert not list(summary.detections_path.glob(".*"))
 
 
 @pytest.mark.slow
