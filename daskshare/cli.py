@@ -116,6 +116,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     type=click.FloatRange(0, min_open=True),
     help="Aim for the length of a task's piece of video.  [default: 10]",
 )
+@click.option("--dashboard", is_flag=True, help="Show Dask's pages for the local cluster.")
 @click.option("--annotate", is_flag=True, help="Also write videos with boxes, sheets, plots.")
 @click.option("--overwrite", is_flag=True, help="Do everything again.")
 @click.option(
@@ -142,6 +143,7 @@ def detect(
     workers: int | None,
     threads: int | None,
     chunk_seconds: float | None,
+    dashboard: bool,
     annotate: bool,
     overwrite: bool,
     progress: bool | None,
@@ -154,14 +156,18 @@ def detect(
     Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
     command tries them again); 130 interrupted.
     """
-    if scheduler is not None and (workers is not None or threads is not None):
-        raise click.UsageError("--workers and --threads shape a local cluster; drop --scheduler.")
+    if scheduler is not None and (workers is not None or threads is not None or dashboard):
+        raise click.UsageError(
+            "--workers, --threads and --dashboard shape a local cluster; drop them or --scheduler."
+        )
     from daskshare.client import yolov3
+    from daskshare.results.connect import local_client, remote_client
     from daskshare.results.detect import detect_on
     from daskshare.results.summary import describe
 
     shared = yolov3(
-        model or "yolov3-tiny",
+        # A network of the user's own is named after its cfg.
+        model or ("yolov3" if cfg else "yolov3-tiny"),
         cfg=cfg,
         weights=weights,
         names=names,
@@ -172,10 +178,19 @@ def detect(
         classes=classes,
         max_batch_size=batch_size,
     )
+
+    def connect() -> Client:
+        if scheduler is not None:
+            return remote_client(stack, scheduler)
+        client = local_client(stack, workers=workers, threads=threads, dashboard=dashboard)
+        if dashboard:
+            click.echo(f"Dask's pages: {client.dashboard_link}", err=True)
+        return client
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(_terminate_like_interrupt())
         summary = detect_on(
-            lambda: _connect(stack, scheduler, workers, threads),
+            connect,
             list(paths),
             shared,
             output,
@@ -189,36 +204,12 @@ def detect(
         click.echo(f"  wrote {path}")
     if summary.failed:
         click.echo(
-            f"Error: {len(summary.failed)} of {summary.chunks} pieces of video failed, first "
-            f"{describe(summary.failed[0])}. {summary.chunks_path} lists all; the same command "
+            f"Error: {len(summary.failed)} of {summary.chunks} pieces of video failed. First, "
+            f"{describe(summary.failed[0])}\n{summary.chunks_path} lists all; the same command "
             "tries them again.",
             err=True,
         )
         ctx.exit(EXIT_CHUNKS_FAILED)
-
-
-def _connect(
-    stack: contextlib.ExitStack, scheduler: str | None, workers: int | None, threads: int | None
-) -> Client:
-    from distributed import Client
-
-    from daskshare.cluster import local_cluster
-
-    client: Client
-    if scheduler is not None:
-        try:
-            client = stack.enter_context(Client(scheduler, set_as_default=False))
-        except (OSError, ValueError) as error:
-            raise DaskshareError(
-                f"No Dask scheduler answers at {scheduler!r}: {error}. Give its address, such as "
-                "tcp://10.0.0.5:8786, or leave --scheduler out to work on this machine.",
-                scheduler=scheduler,
-            ) from error
-    else:
-        shape: dict[str, Any] = {"n_workers": workers, "threads_per_worker": threads}
-        cluster = local_cluster(**{name: n for name, n in shape.items() if n is not None})
-        client = stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
-    return client
 
 
 @main.command()
@@ -227,7 +218,7 @@ def fetch(name: str) -> None:
     """Download a model's weights (yolov3, yolov3-spp, yolov3-tiny) and print where they lie."""
     from daskshare.models.fetch import fetch as fetch_weights
 
-    click.echo(str(fetch_weights(name)))
+    click.echo(str(fetch_weights(name, progress=sys.stderr.isatty())))
 
 
 @main.command()

@@ -13,7 +13,7 @@ from daskshare.errors import ConfigurationError
 if TYPE_CHECKING:
     from distributed import LocalCluster
 
-__all__ = ["GPU_TASK_THREADS", "local_cluster"]
+__all__ = ["GPU_TASK_THREADS", "count_gpus", "local_cluster"]
 
 #: Tasks at once on a GPU's worker: enough decoders to keep the GPU busy.
 GPU_TASK_THREADS = 16
@@ -59,7 +59,7 @@ def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
         raise ConfigurationError(
             f"Got device={device!r}; expected 'auto', 'cuda' or 'cpu'.", option="device"
         )
-    gpus = 0 if device == "cpu" else _count_gpus()
+    gpus = 0 if device == "cpu" else count_gpus()
     if device == "cuda" and not gpus:
         raise ConfigurationError(
             "Got device='cuda' on a machine where no NVIDIA GPU is visible. Check nvidia-smi and "
@@ -69,7 +69,8 @@ def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
     return _cuda_cluster(options) if gpus else _cpu_cluster(options, hide_gpus=device == "cpu")
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """Count the NVIDIA GPUs that a local cluster would use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return 0
     from distributed.diagnostics import nvml

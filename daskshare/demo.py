@@ -74,22 +74,25 @@ def run_demo(output: str | os.PathLike[str] = "demo-output") -> DetectSummary:
     DaskshareError
         Of ``detect``.
     """
-    import daskshare
+    from distributed import Client
+
+    from daskshare.client import stats, yolov3
+    from daskshare.cluster import local_cluster
+    from daskshare.results.detect import detect
     from daskshare.results.parquet import read_detections
 
     clip = demo_clip()
     print(f"Looking for cars, buses and people in {clip.name} with yolov3-tiny.")
     print("Each task takes about two seconds of video; all use one copy of the model.")
-    from distributed import Client
 
     # Four tasks at once, even on two cores: that they share one copy is what the demo is about.
     with (
-        daskshare.local_cluster(threads_per_worker=4) as cluster,
+        local_cluster(threads_per_worker=4) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        summary = daskshare.detect(
+        summary = detect(
             clip,
-            daskshare.yolov3("yolov3-tiny"),
+            yolov3("yolov3-tiny"),
             output,
             client=client,
             chunk_seconds=2,
@@ -97,7 +100,7 @@ def run_demo(output: str | os.PathLike[str] = "demo-output") -> DetectSummary:
             overwrite=True,
             progress=sys.stderr.isatty(),
         )
-        devices = _devices(daskshare.stats(client))
+        devices = _devices(stats(client))
     print(f"\nFound in {summary.frames} frames, on {devices}:")
     for line in describe_findings(read_detections(summary.output)):
         print(f"  {line}")

@@ -160,13 +160,8 @@ def annotate_video(
 
     table = read_parts(Path(parts), [record.file for record in work.records])
     video_path, sheet_path, plot_path = work.outputs(Path(output))
-    for write, path in ((write_annotated, video_path), (write_contact_sheet, sheet_path)):
-        partial = path.with_name(f".partial-{path.name}")
-        try:
-            write(work.video, table, partial, storage_options=storage_options)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    write_annotated(work.video, table, video_path, storage_options=storage_options)
+    write_contact_sheet(work.video, table, sheet_path, storage_options=storage_options)
     start_seconds = min(r.start_seconds for r in work.records)
     plot_counts(
         table,

@@ -20,6 +20,7 @@ from daskshare.errors import (
     OutputError,
 )
 from daskshare.results.annotated import annotate_videos
+from daskshare.results.connect import local_client
 from daskshare.results.dispatch import Dispatcher
 from daskshare.results.parquet import ChunkRecord, OutputFolder
 from daskshare.results.progress import ProgressBar, subscribe
@@ -128,14 +129,10 @@ def detect(
 def _current_or_local_client(stack: contextlib.ExitStack) -> Client:
     from distributed import Client
 
-    from daskshare.cluster import local_cluster
-
-    client: Client
     try:
-        client = Client.current()
+        client: Client = Client.current()
     except ValueError:  # there is none
-        cluster = stack.enter_context(local_cluster())
-        client = stack.enter_context(Client(cluster, set_as_default=False))
+        return local_client(stack)
     return client
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -291,9 +292,7 @@ class OutputFolder:
         OutputError
             When ``detections`` holds Parquet files that daskshare did not write.
         """
-        for path in [*self.path.iterdir(), *self.detections.iterdir()]:
-            if _PARTIAL.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        self._drop_partials()
         names = [path.name for path in self.detections.glob("[!.]*.parquet")]
         foreign = [name for name in names if not _PART.fullmatch(name)]
         if foreign:
@@ -303,16 +302,26 @@ class OutputFolder:
                 "them away or choose another output folder.",
                 path=str(self.path),
             )
+        # Superseded first: of two parts of one name the one in place counts.
+        paths = [
+            path
+            for folder in (self._superseded, self.detections)
+            if folder.is_dir()
+            for path in sorted(folder.glob("[!.]*.parquet"))
+        ]
         found = {}
-        folders = [self._superseded, self.detections]
-        for folder in folders:
-            for path in sorted(folder.glob("*.parquet")) if folder.is_dir() else ():
-                record = read_record(path)
+        with ThreadPoolExecutor(8, thread_name_prefix="daskshare-scan") as pool:
+            for path, record in zip(paths, pool.map(read_record, paths), strict=True):
                 if record is not None and record.file == path.name:
                     found[path.name] = record
                 elif _PART.fullmatch(path.name):
                     path.unlink(missing_ok=True)
         return found
+
+    def _drop_partials(self) -> None:
+        for path in [*self.path.iterdir(), *self.detections.iterdir()]:
+            if _PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def begin(self, keep: Iterable[str], *, work_left: bool) -> None:
         """Make ``detections`` hold exactly the parts ``keep``; mark it incomplete if it is.
@@ -348,6 +357,8 @@ class OutputFolder:
                 path=str(self.path),
                 missing=len(missing),
             )
+        # Workers that were killed in this run left some.
+        self._drop_partials()
         rows = [{name: getattr(r, name) for name in CHUNKS_SCHEMA.names} for r in records]
         write_table(pa.Table.from_pylist(rows, schema=CHUNKS_SCHEMA), self.chunks)
         if self._superseded.is_dir():

@@ -136,4 +136,5 @@ class DetectSummary:
 
 def describe(record: ChunkRecord) -> str:
     """One line on a chunk that has no, or not all, results."""
-    return f"{record.video}, chunk {record.chunk} (frame {record.first_frame}): {record.error}"
+    where = f"{record.video}, " if record.video not in record.error else ""
+    return f"{where}chunk {record.chunk} (from frame {record.first_frame}): {record.error}"

@@ -132,7 +132,7 @@ def _detect(
     from daskshare.worker_plugin import local_share
 
     chunk = job.chunk
-    with PartWriter(folder / job.file) as part, local_share().lease(model.spec) as lease:
+    with local_share().lease(model.spec) as lease, PartWriter(folder / job.file) as part:
         with stream(lease, chunk, options=options, task=job.file) as results:
             for frames, detections in results:
                 if run in _stopped_runs:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from daskshare.errors import (
 from daskshare.models.spec import Detections, Prepared
 from daskshare.results.parquet import read_detections
 from daskshare.results.schema import CHUNKS_SCHEMA, DETECTIONS_SCHEMA
+from tests.reference import disagreements, expected_detections
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def parts(output):
     """Identity of each part file: unchanged only if nobody wrote it again."""
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in (Path(output) / "detections").iterdir()
+        for path in (Path(output) / "detections").glob("[!.]*")
     }
 
 
@@ -380,14 +382,14 @@ def command(*args):
     return [sys.executable, "-m", "daskshare", "detect", *map(str, args)]
 
 
-def wait_for_part(process, folder):
-    """Wait until the first part file appears, woken by the file system's own growth."""
+def wait_for_part(ended, folder):
+    """Look for the first part file until it appears; ``ended()`` tells that none will."""
     deadline = time.monotonic() + 90
     pause = threading.Event()
     while time.monotonic() < deadline:
         if any(folder.glob("[!.]*.parquet")):
             return
-        assert process.poll() is None, process.stderr.read()
+        assert not ended()
         pause.wait(0.005)
     raise AssertionError("no part file within 90 s")
 
@@ -395,10 +397,10 @@ def wait_for_part(process, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
-    clips = [tmp_path / f"{name}.mp4" for name in "abc"]
+    clips = [tmp_path / f"{name}.mp4" for name in "ab"]
     for clip in clips:
         os.symlink(demo_clip(), clip)
-    options = ("--chunk-seconds", 1, "--no-progress", "--threads", 2)
+    options = ("--chunk-seconds", 1, "--no-progress", "--threads", 2, "--input-size", 160)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with subprocess.Popen(
         command(*clips, "-o", killed, *options),
@@ -406,14 +408,14 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        wait_for_part(process, killed / "detections")
+        wait_for_part(lambda: process.poll() is not None, killed / "detections")
         process.send_signal(sign)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if sign == signal.SIGKILL else 130), stderr
     if sign != signal.SIGKILL:
         assert "the same call does the rest" in stderr
     assert not (killed / "chunks.parquet").exists()
-    before = {n: s for n, s in parts(killed).items() if not n.startswith(".")}
+    before = parts(killed)
     assert before
     done = subprocess.run(
         command(*clips, "-o", killed, *options), capture_output=True, text=True, timeout=120
@@ -441,6 +443,62 @@ def assert_same_rows(got, want):
     for name in ("confidence", "x_min", "y_min", "x_max", "y_max"):
         # Batches are composed as frames come; sums in another order differ in the last bits.
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path):
+    with (
+        daskshare.local_cluster(
+            device="cpu", n_workers=2, threads_per_worker=2, dashboard_address=None
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        clips = [tmp_path / f"{name}.mp4" for name in "abc"]
+        for clip in clips:
+            os.symlink(demo_clip(), clip)
+        victim = min(client.run(os.getpid).values())
+        run = pool.submit(
+            daskshare.detect,
+            clips,
+            daskshare.yolov3("yolov3-tiny", input_size=160),
+            tmp_path / "out",
+            client=client,
+            chunk_seconds=1,
+            progress=False,
+        )
+        wait_for_part(run.done, tmp_path / "out" / "detections")
+        os.kill(victim, signal.SIGKILL)
+        summary = run.result(timeout=90)
+    assert summary.failed == ()
+    assert summary.frames == 750
+    assert not list(summary.detections_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_clip_agrees_with_the_reference(tmp_path, client):
+    summary = daskshare.detect(
+        demo_clip(),
+        daskshare.yolov3("yolov3-tiny"),
+        tmp_path,
+        client=client,
+        chunk_seconds=2,
+        progress=False,
+    )
+    table = read_detections(tmp_path)
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "class_name"}
+    found = []
+    for number in expected_detections():
+        rows = columns["frame"] == number
+        boxes = [columns[name][rows] for name in ("x_min", "y_min", "x_max", "y_max")]
+        found.append(
+            Detections(
+                np.stack(boxes, axis=1), columns["confidence"][rows], columns["class_id"][rows], ()
+            )
+        )
+    assert disagreements(found, min_iou=0.95, max_confidence_error=0.02) == []
+    assert (summary.frames, summary.chunks, summary.model_loads) == (250, 6, 1)
+    assert summary.concurrent_tasks > 1
 
 
 @pytest.mark.slow

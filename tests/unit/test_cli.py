@@ -168,10 +168,12 @@ def test_sigterm_counts_as_an_interrupt(monkeypatch):
 def test_fetch_prints_the_path_or_the_advice(monkeypatch):
     import daskshare.models.fetch
 
-    monkeypatch.setattr(daskshare.models.fetch, "fetch", lambda name: Path("/cache") / name)
+    monkeypatch.setattr(
+        daskshare.models.fetch, "fetch", lambda name, progress: Path("/cache") / name
+    )
     assert run("fetch", "yolov3").stdout == "/cache/yolov3\n"
 
-    def offline(name):
+    def offline(name, progress):
         raise DownloadError("put the file there", name=name, path="/cache/x")
 
     monkeypatch.setattr(daskshare.models.fetch, "fetch", offline)
@@ -211,7 +213,7 @@ def test_summary_tells_frames_classes_and_sharing():
     assert "found car 2, bus 1" in text
     assert "One copy of yolov3-tiny (35.0 MB of weights, 1 load) served up to 4 tasks" in text
     assert "105.0 MB more" in text
-    assert "truncated: a.mp4, chunk 1 (frame 10): a.mp4 is no video" in text
+    assert "truncated: chunk 1 (from frame 10): a.mp4 is no video" in text
 
 
 def test_summary_claims_no_saving_where_nothing_was_shared():
