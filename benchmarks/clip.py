@@ -80,8 +80,10 @@ def run_daskshare(video: str, folder: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     seconds, _ = timed(
-        [sys.executable, "-m", "daskshare", "detect", video, "--output", str(folder)]
-        + ["--model", "yolov3-tiny", "--no-progress"]
+        [
+            *(sys.executable, "-m", "daskshare", "detect", video, "--output", str(folder)),
+            *("--model", "yolov3-tiny", "--no-progress"),
+        ]
     )
     chunks = pq.read_table(folder / "chunks.parquet")
     return {

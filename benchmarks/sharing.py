@@ -1,9 +1,9 @@
 """How many frames a second concurrent tasks get from one GPU, by who holds the model.
 
-At each concurrency, tasks hand over a few host frames at a time to: a model loaded in every task; a copy
-per process; a copy per thread; one copy that threads share without batching; and daskshare through
-Dask. A hand-written loop of one process (compiled on a GPU) is the ceiling. Memory is the GPU's as
-the driver counts it, or resident host memory where there is no GPU.
+At each concurrency, tasks hand over a few host frames at a time to: a model loaded in every task;
+a copy per process; a copy per thread; one copy that threads share without batching; and daskshare
+through Dask. A hand-written loop of one process (compiled on a GPU) is the ceiling. Memory is the
+GPU's as the driver counts it, or resident host memory where there is no GPU.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Processes:
         return [self.receive()[1] for _ in self.members]
 
     def close(self) -> None:
-        for process, commands in self.members:
+        for _, commands in self.members:
             commands.put(None)
         for process, _ in self.members:
             process.join(30)
@@ -309,6 +309,7 @@ def measure_daskshare(report: Report, settings: dict[str, Any]) -> dict[str, Any
         client.submit(task, model, 0, settings, 0.5, pure=False).result()
         mode = client.submit(wait_ready, model, 240, pure=False).result()
         print(f"daskshare serves {mode}", file=sys.stderr)
+        before = (0, 0)
         for concurrency in settings["concurrency"]:
             tasks = [
                 client.submit(task, model, i, settings, settings["seconds"], pure=False)
@@ -321,7 +322,9 @@ def measure_daskshare(report: Report, settings: dict[str, Any]) -> dict[str, Any
             (worker,) = daskshare.stats(client).values()
             (entry,) = worker["models"].values()
             add(report, "daskshare through Dask", concurrency, rate, used, entry["loads"])
-            report.rows[-1]["mean_batch_size"] = entry["mean_batch_size"]
+            frames, batches = entry["frames"] - before[0], entry["batches"] - before[1]
+            report.rows[-1]["mean_batch_size"] = round(frames / batches, 1)
+            before = (entry["frames"], entry["batches"])
         return dict(entry)
 
 

@@ -126,10 +126,12 @@ class DynamicBatcher:
     A batch is due when it is full, when its oldest item has waited ``max_wait_seconds``, or when
     the device is idle and no task is expected: one whose last request was done less than
     ``max_wait_seconds`` ago and that has none now is about to come with its next one, and half a
-    batch run too early costs more than the moment that the device waits. Tasks take turns: a turn is one request, and at most one batch of it, so a
-    task that floods the queue delays another task's small request by one batch. (Strict order of
-    arrival would delay it by the whole queue.) Requests of one task keep their order. Groups
-    (items of equal shape and dtype) take turns as well, a batch each.
+    batch run too early costs more than the moment that the device waits.
+
+    Tasks take turns: a turn is one request, and at most one batch of it, so a task that floods the
+    queue delays another task's small request by one batch. (Strict order of arrival would delay it
+    by the whole queue.) Requests of one task keep their order. Groups (items of equal shape and
+    dtype) take turns as well, a batch each.
 
     Parameters
     ----------

@@ -21,8 +21,8 @@ __all__ = ["convolve_frames", "pack_weights"]
 _TAPS = 32
 
 
-@triton.jit
-def _convolve(
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _convolve(  # type: ignore[no-untyped-def]
     frames,
     weights,
     bias,

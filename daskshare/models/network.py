@@ -124,7 +124,7 @@ class _Head(nn.Module):
     def forward(self, x: torch.Tensor) -> Candidates:
         # Channels-last memory makes this a view: (n, height, width, anchors, 5 + classes).
         raw = x.permute(0, 2, 3, 1)[..., : self.anchors * self.channels]
-        raw = raw.unflatten(-1, (self.anchors, self.channels))
+        raw = raw.view(*raw.shape[:3], self.anchors, self.channels)
         # The sigmoid is monotonic, so the best class is known before it; geometry and confidence
         # are computed in fp32, as fp16 would move a wide box by whole pixels.
         best, class_id = raw[..., 5:].max(dim=-1)

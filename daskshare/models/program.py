@@ -219,31 +219,51 @@ class YoloV3Program:
         -----
         Runs in the callers' threads, many at once.
         """
+        if not self._cuda:
+            outputs = self._suppressed(outputs)
+        # All frames' rows at once: many callers share one interpreter.
+        counts = np.asarray(outputs["count"])
+        found = np.arange(outputs["confidence"].shape[1]) < counts[:, None]
+        boxes = outputs["boxes"][found]
+        confidence = outputs["confidence"][found].astype(np.float32, copy=False)
+        class_id = outputs["class_id"][found].astype(np.int16)
+        stops = np.cumsum(counts).tolist()
+        same = all(box is context[0] for box in context)
+        if same:
+            boxes = context[0].to_source(boxes)
         results = []
-        for frame, box in enumerate(context):
-            count = int(outputs["count"][frame])
-            boxes = np.asarray(outputs["boxes"][frame][:count])
-            confidence = np.asarray(outputs["confidence"][frame][:count])
-            class_id = np.asarray(outputs["class_id"][frame][:count])
-            if not self._cuda:
-                kept = greedy_nms_host(
-                    boxes,
-                    confidence,
-                    class_id,
+        start = 0
+        for box, stop in zip(context, stops, strict=True):
+            rows = slice(start, stop)
+            xyxy = boxes[rows] if same else box.to_source(boxes[rows])
+            results.append(Detections(xyxy, confidence[rows], class_id[rows], self._class_names))
+            start = stop
+        return results
+
+    def _suppressed(self, outputs: Any) -> dict[str, np.ndarray]:
+        """What the GPU's kernel does, for the candidates of a few frames in host memory."""
+        kept_rows = []
+        for frame, count in enumerate(outputs["count"]):
+            kept_rows.append(
+                greedy_nms_host(
+                    outputs["boxes"][frame][:count],
+                    outputs["confidence"][frame][:count],
+                    outputs["class_id"][frame][:count],
                     iou_threshold=self._iou_threshold,
                     max_kept=MAX_DETECTIONS,
                 )
-                boxes, confidence, class_id = boxes[kept], confidence[kept], class_id[kept]
-            results.append(
-                Detections(
-                    box.to_source(boxes),
-                    # A copy, so that a result does not keep its whole batch's outputs alive.
-                    np.array(confidence, dtype=np.float32),
-                    class_id.astype(np.int16),
-                    self._class_names,
-                )
             )
-        return results
+        most = max(map(len, kept_rows))
+        rows = np.zeros((len(kept_rows), most), np.int64)
+        for row, kept in zip(rows, kept_rows, strict=True):
+            row[: len(kept)] = kept
+        suppressed = {
+            name: np.take_along_axis(outputs[name], rows, axis=1)
+            for name in ("confidence", "class_id")
+        }
+        suppressed["boxes"] = np.take_along_axis(outputs["boxes"], rows[..., None], axis=1)
+        suppressed["count"] = np.array([len(kept) for kept in kept_rows])
+        return suppressed
 
 
 def _doubling(maximum: int) -> tuple[int, ...]:

@@ -123,5 +123,5 @@ def read_video(
     chunks: list[VideoChunk] = probe_videos(
         paths, chunk_seconds=chunk_seconds, storage_options=storage_options
     )
-    bag = dask.bag.from_sequence(chunks, partition_size=1)  # type: ignore[no-untyped-call]
+    bag = dask.bag.from_sequence(chunks, partition_size=1)
     return VideoBag(bag.dask, bag.name, bag.npartitions)

@@ -97,7 +97,7 @@ def _current_client() -> Any:
     from distributed import default_client
 
     try:
-        client = default_client()  # type: ignore[no-untyped-call]
+        client = default_client()
     except ValueError:
         return None
     # A client that lost its scheduler would wait for ever.

@@ -134,3 +134,24 @@ def test_nms_in_a_cuda_graph():
         graph.replay()
         torch.cuda.synchronize()
         assert_kept_equal(kept, greedy_nms_torch(*fresh, iou_threshold=0.45, max_kept=300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "size"), [(16, (37, 52)), (32, (416, 416)), (128, (5, 3))])
+def test_first_convolution(dtype, channels, size):
+    from daskshare.kernels.first_convolution import convolve_frames, pack_weights
+
+    rng = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (3, *size, 3), generator=rng, dtype=torch.uint8)
+    weight = (torch.randn(channels, 3, 3, 3, generator=rng) / 255).to(dtype)
+    bias = torch.randn(channels, generator=rng).to(dtype)
+    exact = torch.nn.functional.conv2d(
+        frames.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=1
+    )
+    twin = torch.nn.functional.leaky_relu(exact, 0.1)
+    taps = pack_weights(weight).to(DEVICE)
+    out = convolve_frames(frames.to(DEVICE), taps, bias.to(DEVICE), slope=0.1)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.dtype is dtype
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert (out.cpu().double() - twin).norm() / twin.norm() < tolerance
