@@ -168,6 +168,7 @@ class ModelShare:
             "device": asdict(self.device),
             "budget_bytes": self.budget_bytes,
             "used_bytes": sum(model["model_bytes"] for model in models.values()),
+            "free_bytes": self.device.free_bytes(),
             "models": models,
         }
 

@@ -25,6 +25,7 @@ FLOORS: list[list[str]] = [
     ["host", "_host_*"],
     ["streaming"],
     ["worker_plugin"],
+    ["allocator", "_allocator_*"],
     ["scheduler_plugin"],
     ["client"],
     ["cluster"],
