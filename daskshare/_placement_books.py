@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Hashable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from daskshare._placement_types import Dispatch
 
@@ -14,10 +14,19 @@ __all__ = ["Device", "Failure", "Model", "Queue", "Replica", "Signature", "Task"
 #: Work of a task whose model has none with a known number of frames yet.
 DEFAULT_FRAMES = 300.0
 
-#: The user's own restriction: addresses, and resources as sorted pairs. Empty: none.
-Signature: TypeAlias = tuple[frozenset[str] | None, tuple[tuple[str, float], ...]]
 
-UNRESTRICTED: Signature = (None, ())
+class Signature(NamedTuple):
+    """What restricts where a task may run."""
+
+    #: The user's own choice; None: any.
+    addresses: frozenset[str] | None = None
+    #: Sorted pairs of name and amount.
+    resources: tuple[tuple[str, float], ...] = ()
+    #: With nothing beside it in flight on its worker.
+    alone: bool = False
+
+
+UNRESTRICTED = Signature()
 
 #: Instead of an address: for queues that ask for resources but name no worker.
 ANYWHERE = ""
@@ -192,6 +201,7 @@ class Worker:
         "accepting",
         "address",
         "device",
+        "held_for",
         "in_flight",
         "index",
         "intent",
@@ -199,6 +209,8 @@ class Worker:
         "limit",
         "opened",
         "outstanding_seconds",
+        "peers",
+        "process",
         "ready",
         "replicas",
         "resources",
@@ -229,6 +241,11 @@ class Worker:
         self.intent: Model | None = None
         self.opened = False
         self.turn = 0.0
+        # A task that must run alone, for which the worker empties, or that runs there.
+        self.held_for: Task | None = None
+        # All workers of its process, itself included: they share one copy of each model.
+        self.process: str | None = None
+        self.peers: dict[str, Worker] = {}
 
     @property
     def load_seconds(self) -> float:
@@ -237,7 +254,16 @@ class Worker:
 
     @property
     def is_open(self) -> bool:
-        return self.accepting and len(self.in_flight) < self.limit
+        return self.accepting and self.held_for is None and len(self.in_flight) < self.limit
+
+    def copy_of(self, model_key: str) -> Replica | None:
+        """A replica that another worker of its process holds; first the one that is counted."""
+        copies = [
+            peer.replicas[model_key]
+            for peer in self.peers.values()
+            if peer is not self and model_key in peer.replicas
+        ]
+        return max(copies, key=lambda copy: copy.num_bytes, default=None)
 
     def has(self, resources: tuple[tuple[str, float], ...]) -> bool:
         """Whether what the task reserves is free now."""

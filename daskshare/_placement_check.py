@@ -38,7 +38,7 @@ def _task_problems(books: Dispatcher) -> Iterable[str]:
             worker = task.replica.worker
             if worker.in_flight.get(key) is not task:
                 yield f"task {key!r} is in flight, but not for its worker {worker.address}"
-            allowed = task.queue.signature[0]
+            allowed = task.queue.signature.addresses
             if allowed is not None and worker.address not in allowed:
                 yield f"task {key!r} is on {worker.address}, where the user does not allow it"
 
@@ -59,7 +59,9 @@ def _worker_problems(books: Dispatcher, worker: Worker) -> Iterable[str]:
         if task.replica is None or task.replica.worker is not worker:
             yield f"{at} runs task {key!r}, which is elsewhere"
         counted[task.model.key] += 1
-        for name, amount in task.queue.signature[1]:
+        if task.queue.signature.alone and len(worker.in_flight) > 1:
+            yield f"{at} runs task {key!r}, which must run alone, beside others"
+        for name, amount in task.queue.signature.resources:
             used[name] += amount  # type: ignore[assignment]
     for name, amount in used.items():
         if amount > worker.resources.get(name, 0.0) + 1e-6:
@@ -87,6 +89,14 @@ def _worker_problems(books: Dispatcher, worker: Worker) -> Iterable[str]:
 def _device_problems(device: Device) -> Iterable[str]:
     at = f"device {device.uuid}"
     replicas = [r for w in device.workers.values() for r in w.replicas.values()]
+    for replica in replicas:
+        copies = [
+            w.replicas[replica.model.key]
+            for w in replica.worker.peers.values()
+            if replica.model.key in w.replicas
+        ]
+        if sum(copy.num_bytes > 0 for copy in copies) > 1:
+            yield f"{at} counts the one copy of {replica.model.key} in a process several times"
     total = sum(r.num_bytes for r in replicas)
     if total != device.used_bytes:
         yield f"{at} counts {device.used_bytes} bytes; its models take {total}"
@@ -140,7 +150,7 @@ def explain(books: Dispatcher, key: Hashable, now_seconds: float) -> str:
 
 def _reason_to_wait(books: Dispatcher, task: Task, now_seconds: float) -> str:
     model = task.model
-    addresses, resources = task.queue.signature
+    addresses, resources, alone = task.queue.signature
     kind = [w for w in books.workers.values() if model.fits_kind(w)]
     if not kind:
         needs = "a GPU worker" if model.needs_gpu else "a worker"
@@ -160,6 +170,8 @@ def _reason_to_wait(books: Dispatcher, task: Task, now_seconds: float) -> str:
     states = Counter(model.replicas[w].state for w in accepting if w in model.replicas)
     if states["ready"]:
         ready = [w for w in accepting if w in model.replicas and model.replicas[w].speed_class]
+        if alone:
+            return "it must run alone, because workers died with it, and no worker is empty yet"
         if any(w.is_open and w.has(resources) for w in ready):
             return f"a faster worker that is full now will finish it sooner ({len(ready)} hold it)"
         return (

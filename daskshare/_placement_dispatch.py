@@ -45,6 +45,8 @@ class Dispatcher:
         self.devices: dict[str, Device] = {}
         self.drained: list[Replica] = []
         self._opened: list[Worker] = []
+        # Queues of tasks that must run alone.
+        self._alone: dict[Queue, None] = {}
         # (turn, model key, model): a model is there once while its in_turn is set.
         self._turns: list[tuple[float, str, Model]] = []
         self._virtual_turn = 0.0
@@ -60,8 +62,10 @@ class Dispatcher:
         queue = model.queues.get(signature)
         if queue is None:
             queue = model.queues[signature] = Queue(model, signature)
-            if signature != UNRESTRICTED:
-                for address in sorted(signature[0] or {ANYWHERE}):
+            if signature.alone:
+                self._alone[queue] = None
+            elif signature != UNRESTRICTED:
+                for address in sorted(signature.addresses or {ANYWHERE}):
                     model.queues_by_worker.setdefault(address, {})[queue] = None
         task.queue = queue
         if not model.num_waiting:
@@ -81,6 +85,8 @@ class Dispatcher:
         """Take a waiting task out of its queue."""
         model, queue = task.model, task.queue
         queue.discard(task)
+        if queue.signature.alone:
+            self._let_go(task)
         model.num_waiting -= 1
         if task.frames is None:
             model.waiting_unknown -= 1
@@ -95,7 +101,10 @@ class Dispatcher:
         model = queue.model
         del model.queues[queue.signature]
         model.runnable.pop(queue, None)
-        for address in queue.signature[0] or (ANYWHERE,):
+        self._alone.pop(queue, None)
+        if queue.signature.alone:
+            return
+        for address in queue.signature.addresses or (ANYWHERE,):
             queues = model.queues_by_worker[address]
             del queues[queue]
             if not queues:
@@ -139,6 +148,9 @@ class Dispatcher:
         self._declassify(replica)
         # Tasks may have been kept back for this one.
         self.wake(replica.model)
+        held_for = replica.worker.held_for
+        if held_for is not None and held_for.replica is None and held_for.model is replica.model:
+            self._let_go(held_for)
 
     def update_rate(self, replica: Replica) -> None:
         """Take over a new estimate of the speed, unless it is about the old one."""
@@ -230,6 +242,11 @@ class Dispatcher:
     def _fill(self, worker: Worker, now_seconds: float, out: list[Dispatch]) -> None:
         """Give a worker with a free slot the next tasks of the models on it."""
         refused: set[Model] | None = None
+        if worker.held_for is not None:
+            task = worker.held_for
+            if not worker.in_flight:
+                self._book(task, task.model.replicas[worker], now_seconds, out, "it runs alone")
+            return
         while len(worker.in_flight) < worker.limit:
             chosen: Replica | None = None
             turn = 0.0
@@ -270,7 +287,7 @@ class Dispatcher:
             by_worker = model.queues_by_worker
             named, anywhere = by_worker.get(worker.address, ()), by_worker.get(ANYWHERE, ())
             for queue in (*named, *anywhere):
-                if not queue.num_waiting or not worker.has(queue.signature[1]):
+                if not queue.num_waiting or not worker.has(queue.signature.resources):
                     continue
                 task = queue.head_at(worker.address)
                 assert task is not None
@@ -331,7 +348,9 @@ class Dispatcher:
     def _best(self, task: Task) -> Replica | None:
         model = task.model
         frames = model.work_of(task)
-        addresses, resources = task.queue.signature
+        addresses, resources, alone = task.queue.signature
+        if alone:
+            return self._best_alone(task)
         if addresses is not None or resources:
             return self._best_of(task, frames, addresses, resources)
         best: Replica | None = None
@@ -384,6 +403,38 @@ class Dispatcher:
                 best, best_seconds = replica, seconds
         return best
 
+    def _best_alone(self, task: Task) -> Replica | None:
+        """An empty worker; without one, let the least loaded empty for the task."""
+        model = task.model
+        addresses, resources, _ = task.queue.signature
+        held = [w for w in self.workers.values() if w.held_for is not None]
+        if any(w.held_for is task for w in held) or len(held) >= max(1, len(self.workers) // 4):
+            return None
+        able = [
+            replica
+            for worker, replica in model.replicas.items()
+            if replica.speed_class is not None
+            and worker.held_for is None
+            and (addresses is None or worker.address in addresses)
+            and worker.offers(resources)
+        ]
+        if not able:
+            return None
+        best = min(able, key=lambda r: (r.worker.load_seconds, r.worker.index))
+        if not best.worker.in_flight:
+            return best
+        best.worker.held_for = task
+        return None
+
+    def _let_go(self, task: Task) -> None:
+        """Give a worker back that was held for a task."""
+        for worker in self.workers.values():
+            if worker.held_for is task:
+                worker.held_for = None
+                self.open(worker)
+        for queue in self._alone:
+            self.wake(queue.model)
+
     def _transfer_seconds(self, task: Task, worker: Worker) -> float:
         if not task.dependencies:
             return 0.0
@@ -402,8 +453,10 @@ class Dispatcher:
         worker.in_flight[task.key] = task
         worker.outstanding_seconds += seconds
         worker.device.outstanding_seconds += seconds
-        if task.queue.signature[1]:
-            worker.reserve(task.queue.signature[1], 1)
+        if task.queue.signature.alone:
+            worker.held_for = task
+        if task.queue.signature.resources:
+            worker.reserve(task.queue.signature.resources, 1)
         replica.in_flight += 1
         replica.last_used_seconds = now_seconds
         model.in_flight += 1
@@ -437,8 +490,10 @@ class Dispatcher:
             worker.outstanding_seconds = 0.0
             if not any(w.in_flight for w in device.workers.values()):
                 device.outstanding_seconds = 0.0
-        if task.queue.signature[1]:
-            worker.reserve(task.queue.signature[1], -1)
+        if task.queue.signature.resources:
+            worker.reserve(task.queue.signature.resources, -1)
+        if task.queue.signature.alone:
+            self._let_go(task)
         replica.in_flight -= 1
         replica.last_used_seconds = now_seconds
         task.model.in_flight -= 1

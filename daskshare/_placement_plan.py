@@ -223,7 +223,7 @@ class Planner:
 
     def _able(self, queue: Queue, workers: Sequence[Worker]) -> list[Worker]:
         """Workers that a queue's tasks may run on."""
-        addresses, resources = queue.signature
+        addresses, resources, _ = queue.signature
         return [
             w
             for w in workers

@@ -47,6 +47,8 @@ class Rooms:
 
     def fits(self, model: Model, worker: Worker) -> bool:
         """Whether there is room beside everything that is there."""
+        if worker.copy_of(model.key) is not None:
+            return True
         return model.estimated_bytes <= worker.device.free_bytes
 
     def is_protected(self, replica: Replica) -> bool:
@@ -122,7 +124,8 @@ class Rooms:
 
     def load(self, model: Model, worker: Worker, now_seconds: float, reason: str) -> Replica:
         """Decide to load a model that fits."""
-        replica = Replica(worker, model, model.estimated_bytes, now_seconds)
+        num_bytes = 0 if worker.copy_of(model.key) else model.estimated_bytes
+        replica = Replica(worker, model, num_bytes, now_seconds)
         replica.rate = self.books.speeds.estimate(worker.device, model)
         worker.replicas[model.key] = replica
         model.replicas[worker] = replica
@@ -148,7 +151,12 @@ class Rooms:
         self.freed[worker] = None
 
     def drain(self, replica: Replica, reason: str) -> None:
-        """Hand a replica no more tasks, and unload it after those that it has."""
+        """Hand a model in a process no more tasks, and unload it after those that it has."""
+        for peer in replica.worker.peers.values():
+            if replica.model.key in peer.replicas:
+                self._drain(peer.replicas[replica.model.key], reason)
+
+    def _drain(self, replica: Replica, reason: str) -> None:
         if replica.state == "loading":
             replica.condemned = True
             replica.reason = reason
@@ -163,12 +171,21 @@ class Rooms:
         """Unload what has drained, and load what the room was made for."""
         drained, self.books.drained = self.books.drained, []
         for replica in drained:
-            here = replica.worker.replicas.get(replica.model.key) is replica
-            if here and replica.state == "draining" and not replica.in_flight:
-                replica.state = "unloading"
-                self.num_unloads += 1
-                address = replica.worker.address
-                self.decisions.append(Unload(address, replica.model.key, replica.reason))
+            if replica.worker.replicas.get(replica.model.key) is not replica:
+                continue
+            copies = [
+                copy
+                for peer in replica.worker.peers.values()
+                if (copy := peer.replicas.get(replica.model.key)) is not None
+            ]
+            if any(copy.in_flight or copy.state == "loading" for copy in copies):
+                continue
+            for copy in copies:
+                if copy.state == "draining":
+                    copy.state = "unloading"
+                    self.num_unloads += 1
+                    address = copy.worker.address
+                    self.decisions.append(Unload(address, copy.model.key, copy.reason))
         freed, self.freed = self.freed, {}
         for worker in freed:
             self._use_room(worker, now_seconds)
@@ -211,13 +228,21 @@ class Rooms:
         worker = replica.worker
         del worker.replicas[replica.model.key]
         del replica.model.replicas[worker]
-        worker.device.book(-replica.num_bytes)
+        copy = worker.copy_of(replica.model.key)
+        if copy is not None and not copy.num_bytes:
+            # The process still holds what this worker was counted for.
+            copy.num_bytes = replica.num_bytes
+        else:
+            worker.device.book(-replica.num_bytes)
         for sibling in worker.device.workers.values():
             self.freed[sibling] = None
 
     def resize(self, replica: Replica, num_bytes: int) -> None:
         """Take over what a loaded model really takes."""
         device = replica.worker.device
+        copy = replica.worker.copy_of(replica.model.key)
+        if copy is not None and copy.num_bytes:
+            num_bytes = 0
         device.book(num_bytes - replica.num_bytes)
         replica.num_bytes = num_bytes
         if device.used_bytes > device.budget_bytes:

@@ -9,7 +9,15 @@ import math
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any
 
-from daskshare._placement_books import Device, Model, Replica, Signature, Task, Worker
+from daskshare._placement_books import (
+    UNRESTRICTED,
+    Device,
+    Model,
+    Replica,
+    Signature,
+    Task,
+    Worker,
+)
 from daskshare._placement_check import explain, problems, snapshot
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_plan import Planner
@@ -85,6 +93,7 @@ class GpuPool:
         is_gpu: bool = True,
         accepts_models: bool = True,
         resources: Mapping[str, float] | None = None,
+        process: str | None = None,
         now_seconds: float,
     ) -> None:
         """Take in a worker.
@@ -106,6 +115,8 @@ class GpuPool:
             False for a worker that must never hold a model.
         resources : mapping of str to float, optional
             Dask's abstract resources that it offers.
+        process : str, optional
+            Workers with equal names run in one process and share one copy of each model there.
         now_seconds : float
             The time.
 
@@ -139,6 +150,11 @@ class GpuPool:
         worker.usable = accepts_models
         worker.resources = dict(resources or {})
         self._num_workers += 1
+        for sibling in device.workers.values():
+            if process is not None and sibling.process == process:
+                worker.peers = sibling.peers
+        worker.peers[address] = worker
+        worker.process = process
         books.workers[address] = device.workers[address] = worker
         self._planner.urgent = True
 
@@ -163,6 +179,7 @@ class GpuPool:
         if worker is None:
             return []
         worker.accepting = False
+        worker.held_for = None
         tasks = list(worker.in_flight.values())
         for task in tasks:
             books.release(task, now)
@@ -171,6 +188,7 @@ class GpuPool:
         for task in tasks:
             self._requeue(task)
         device = worker.device
+        del worker.peers[address]
         del device.workers[address]
         if not device.workers:
             del books.devices[device.uuid]
@@ -200,6 +218,8 @@ class GpuPool:
         if worker is None or worker.accepting == accepting:
             return
         worker.accepting = accepting
+        if accepting:
+            self._books.open(worker)
         for replica in worker.replicas.values():
             if replica.state != "ready":
                 continue
@@ -575,6 +595,7 @@ class GpuPool:
         workers: Collection[str] | None = None,
         resources: Mapping[str, float] | None = None,
         dependency_bytes: Mapping[str, int] | None = None,
+        alone: bool = False,
         now_seconds: float,
     ) -> None:
         """Take in a task that is ready to run.
@@ -595,6 +616,9 @@ class GpuPool:
             What it reserves of a worker's resources while in flight.
         dependency_bytes : mapping of str to int, optional
             By worker address: bytes of its input that lie there.
+        alone : bool
+            Whether nothing else may be in flight on its worker: for a task that is suspected of
+            killing workers. A worker is emptied for it when all are busy.
         now_seconds : float
             The time.
 
@@ -618,10 +642,13 @@ class GpuPool:
         task = Task(key, model, priority, frames)
         if dependency_bytes:
             task.dependencies = dict(dependency_bytes)
-        signature: Signature = (
-            frozenset(workers) if workers else None,
-            tuple(sorted(resources.items())) if resources else (),
-        )
+        signature = UNRESTRICTED
+        if workers or resources or alone:
+            signature = Signature(
+                frozenset(workers) if workers else None,
+                tuple(sorted(resources.items())) if resources else (),
+                alone,
+            )
         books.tasks[key] = task
         books.enqueue(task, signature)
         if now_seconds < model.failed_until_seconds:
