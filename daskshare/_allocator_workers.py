@@ -144,6 +144,7 @@ class WorkerBook:
                 slots=ws.nthreads,
                 is_gpu=facts.is_gpu,
                 resources=dict(ws.resources),
+                process=facts.process or None,
                 now_seconds=now_seconds,
             )
             self.set_status(ws)

@@ -21,7 +21,7 @@ from daskshare._allocator_holding import HeldTask, dependency_bytes
 from daskshare._allocator_models import KnownModel, ModelLoader
 from daskshare._allocator_recognise import ModelFinder, annotated_model
 from daskshare._allocator_workers import News, WorkerBook
-from daskshare.placement import Decision, Dispatch, Fail, GpuPool, Load, PlacementOptions
+from daskshare.placement import Decision, Dispatch, Fail, GpuPool, Load, PlacementOptions, Unload
 from daskshare.worker_plugin import PLUGIN_NAME
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Allocator:
         #: Tasks that no worker can serve; see _hand_over.
         self._hopeless: list[Key] = []
         self._deaths: dict[str, list[HeldTask]] = {}
-        self._recent: dict[str, deque[tuple[str, Key, str, str]]] = {}
+        self._recent: dict[str, deque[Dispatch | Load | Unload]] = {}
         self._needs_gpu = self._models_need_gpu()
         self._kicked = self._closed = False
         self._wake: asyncio.TimerHandle | None = None
@@ -170,7 +170,7 @@ class Allocator:
             workers=allowed,
             resources=ts.resource_restrictions or None,
             dependency_bytes=dependency_bytes(ts),
-            **({"alone": True} if held.alone else {}),
+            alone=held.alone,
             now_seconds=time.monotonic(),
         )
         self.kick()
@@ -317,20 +317,14 @@ class Allocator:
         stimulus = _stimulus("decide")
         sent: list[HeldTask] = []
         failed: list[Fail] = []
-        told: list[tuple[str, Key, str, str, str]] = []
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 held = self._held[decision.task]
                 held.send(scheduler.tasks[held.key], decision.worker)
                 sent.append(held)
-                told.append(
-                    ("dispatch", held.key, decision.worker, decision.model_key, decision.reason)
-                )
             elif isinstance(decision, Fail):
                 failed.append(decision)
             else:
-                kind = "load" if isinstance(decision, Load) else "unload"
-                told.append((kind, "", decision.worker, decision.model_key, decision.reason))
                 self.loader.carry_out(decision)
         if sent:
             # Dask takes recommendations from the end.
@@ -342,7 +336,7 @@ class Allocator:
         # Last, because Dask drops what only a failed task's successors wanted.
         for fail in failed:
             self._fail(fail, stimulus)
-        self._tell(told)
+        self._tell(decisions)
 
     def _refused(self, held: HeldTask, ts: TaskState) -> None:
         """Dask did not want a task there: the worker was paused in between."""
@@ -405,15 +399,17 @@ class Allocator:
 
     # -- telling --
 
-    def _tell(self, told: list[tuple[str, Key, str, str, str]]) -> None:
-        if not told:
-            return
-        self._scheduler.log_event(PLUGIN_NAME, {"action": "decided", "decisions": told})
-        for kind, task, worker, model_key, reason in told:
-            recent = self._recent.get(worker)
+    def _tell(self, decisions: list[Decision]) -> None:
+        told = []
+        for decision in decisions:
+            told.append(_describe(decision))
+            if isinstance(decision, Fail):
+                continue
+            recent = self._recent.get(decision.worker)
             if recent is None:
-                recent = self._recent[worker] = deque(maxlen=_KEPT_DECISIONS)
-            recent.append((kind, task, model_key, reason))
+                recent = self._recent[decision.worker] = deque(maxlen=_KEPT_DECISIONS)
+            recent.append(decision)
+        self._scheduler.log_event(PLUGIN_NAME, {"action": "decided", "decisions": told})
 
     def placement_of(self, worker: str) -> dict[str, Any]:
         """Describe a worker as the allocator sees it.
@@ -422,15 +418,11 @@ class Allocator:
         -------
         dict
             ``failure``: why it runs no models, or ""; ``decisions``: the last about it, oldest
-            first, each with ``kind`` ("dispatch", "load", "unload"), ``task``, ``model`` (its key)
-            and ``reason``.
+            first; see :func:`_describe`.
         """
         return {
             "failure": self.workers.failure(worker),
-            "decisions": [
-                {"kind": kind, "task": task, "model": model_key, "reason": reason}
-                for kind, task, model_key, reason in self._recent.get(worker, ())
-            ],
+            "decisions": [_describe(decision) for decision in self._recent.get(worker, ())],
         }
 
     def why(self, key: Key) -> str:
@@ -449,6 +441,20 @@ class Allocator:
             )
         where = f" on {ts.processing_on.address}" if ts.processing_on else ""
         return f"Task {key!r} is {ts.state}{where}."
+
+
+def _describe(decision: Decision) -> dict[str, Any]:
+    """A decision as plain data: ``kind``, ``worker``, ``model`` (its key), ``task``, ``reason``."""
+    described: dict[str, Any] = {
+        "kind": type(decision).__name__.lower(),
+        "model": decision.model_key,
+        "reason": decision.reason,
+    }
+    if not isinstance(decision, Fail):
+        described["worker"] = decision.worker
+    if isinstance(decision, (Dispatch, Fail)):
+        described["task"] = decision.task
+    return described
 
 
 def _stimulus(what: str) -> str:

@@ -339,14 +339,8 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         if error is not None:
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
-        # Called in the building thread, or at once when another worker of the process has built;
-        # the report may wait for locks.
-        reporting = _in_thread("daskshare-report", worker_report)
-        reporting.add_done_callback(
-            lambda done: self._worker.loop.add_callback(
-                self._log_event, {**event, "report": done.result()}
-            )
-        )
+        # Called in the building thread, or at once when another worker of the process has built.
+        self._worker.loop.add_callback(self._changed, event)
 
     def _log_event(self, event: dict[str, Any]) -> None:
         if self._worker.status not in (Status.closing, Status.closed, Status.failed):

@@ -136,6 +136,7 @@ def test_a_report_adds_up_its_models(built):
 def make_worker():
     return SimpleNamespace(
         metrics={},
+        handlers={},
         state=SimpleNamespace(nthreads=2),
         status=None,
         loop=SimpleNamespace(add_callback=lambda *_: None),
