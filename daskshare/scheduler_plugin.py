@@ -144,7 +144,8 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
     def log_event(self, topic: str, msg: Any) -> None:
         """Take in what workers say at once, without waiting for a heartbeat."""
         if topic == PLUGIN_NAME and isinstance(msg, dict) and "worker" in msg:
-            self._last_events[msg["worker"]] = msg
+            event = {name: value for name, value in msg.items() if name != "report"}
+            self._last_events[msg["worker"]] = event
         if self.allocator is not None:
             self.allocator.log_event(topic, msg)
 
