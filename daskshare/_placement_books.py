@@ -230,6 +230,7 @@ class Worker:
         "intent",
         "is_gpu",
         "limit",
+        "num_loading",
         "opened",
         "outstanding_seconds",
         "peers",
@@ -262,6 +263,7 @@ class Worker:
         self.ready: list[Replica] = []
         # The model that room is being made for.
         self.intent: Model | None = None
+        self.num_loading = 0
         self.opened = False
         self.turn = 0.0
         # A task that must run alone, for which the worker empties, or that runs there.

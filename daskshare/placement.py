@@ -291,6 +291,7 @@ class GpuPool:
 
     def _adopt(self, worker: Worker, model: Model, num_bytes: int, now: float) -> None:
         replica = Replica(worker, model, 0, now)
+        replica.state = "ready"
         worker.replicas[model.key] = replica
         model.replicas[worker] = replica
         self._rooms.resize(replica, num_bytes)
