@@ -49,6 +49,7 @@ class Task:
         "queue",
         "replica",
         "seconds",
+        "sent_seconds",
         "sequence",
     )
 
@@ -63,6 +64,7 @@ class Task:
         self.dependencies: dict[str, int] | None = None
         self.replica: Replica | None = None
         self.seconds = 0.0
+        self.sent_seconds = 0.0
         self.decision: Dispatch | None = None
 
 
@@ -178,6 +180,7 @@ class Device:
         "is_gpu",
         "outstanding_seconds",
         "rates",
+        "reported",
         "reported_free_bytes",
         "used_bytes",
         "uuid",
@@ -194,6 +197,8 @@ class Device:
         self.reported_free_bytes: int | None = None
         self.workers: dict[str, Worker] = {}
         self.rates: dict[str, float] = {}
+        # Models whose rate the device's workers measured themselves.
+        self.reported: set[str] = set()
         self.failures: dict[str, Failure] = {}
         # What is in flight, in seconds of the whole device.
         self.outstanding_seconds = 0.0

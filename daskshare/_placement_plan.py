@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from daskshare._placement_books import UNRESTRICTED, Model, Queue, Replica, Task, Worker
+from daskshare._placement_books import ANYWHERE, UNRESTRICTED, Model, Queue, Replica, Task, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
 from daskshare._placement_types import Fail
@@ -350,10 +350,13 @@ class Planner:
             uuid = worker.device.uuid
             active[uuid] = active.get(uuid, 0) + len(here) + (worker.intent is not None)
         supply = dict.fromkeys(hungry, 0.0)
+        coming = dict.fromkeys(hungry, 0)
         for worker, here in serving:
             for replica in here:
                 supply[replica.model] += replica.rate / active[worker.device.uuid]
+                coming[replica.model] += replica.state == "loading"
             if worker.intent in supply:
+                coming[worker.intent] += 1
                 rate = self.books.speeds.estimate(worker.device, worker.intent)
                 supply[worker.intent] += rate / active[worker.device.uuid]
         lasting = {m: m.queued_frames / s if s else math.inf for m, s in supply.items()}
@@ -390,7 +393,11 @@ class Planner:
                 if gain <= needed_loads * load_seconds:
                     break
                 tried.append(heapq.heappop(order))
-                if not self.rooms.may_load(model, worker, now_seconds):
+                if (
+                    coming[model] >= model.num_waiting
+                    or not self._could_use(model, worker)
+                    or not self.rooms.may_load(model, worker, now_seconds)
+                ):
                     continue
                 victims: list[Replica] | None = []
                 if not self.rooms.fits(model, worker):
@@ -411,6 +418,7 @@ class Planner:
                     self.rooms.load(model, worker, now_seconds, why)
                 uuid = worker.device.uuid
                 active[uuid] += 1
+                coming[model] += 1
                 rate = self.books.speeds.estimate(worker.device, model)
                 supply[model] += rate / active[uuid]
                 tried[-1] = (-model.queued_frames / supply[model], model.key, model)
@@ -420,6 +428,15 @@ class Planner:
             if not tried:
                 # Neither this worker nor any that has longer to do gains from the longest backlog.
                 break
+
+    def _could_use(self, model: Model, worker: Worker) -> bool:
+        """Whether tasks that wait may run there; those that run alone need no further replica."""
+        queue = model.queues.get(UNRESTRICTED)
+        if queue is not None and queue.num_waiting:
+            return True
+        queues = model.queues_by_worker
+        here = (*queues.get(worker.address, ()), *queues.get(ANYWHERE, ()))
+        return any(q.num_waiting and worker.offers(q.signature.resources) for q in here)
 
     def _convertible(
         self, model: Model, worker: Worker, now_seconds: float
