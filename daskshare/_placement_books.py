@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from daskshare._placement_types import Dispatch
 
@@ -28,6 +29,9 @@ class Signature(NamedTuple):
 
 UNRESTRICTED = Signature()
 
+#: Priority, number, task.
+Entry: TypeAlias = "tuple[Any, int, Task]"
+
 #: Instead of an address: for queues that ask for resources but name no worker.
 ANYWHERE = ""
 
@@ -45,6 +49,7 @@ class Task:
         "queue",
         "replica",
         "seconds",
+        "sent_seconds",
         "sequence",
     )
 
@@ -59,55 +64,69 @@ class Task:
         self.dependencies: dict[str, int] | None = None
         self.replica: Replica | None = None
         self.seconds = 0.0
+        self.sent_seconds = 0.0
         self.decision: Dispatch | None = None
 
 
 class Queue:
     """Waiting tasks of one model and one restriction, by priority and then age.
 
-    Deleting is lazy: an entry counts while its number is the task's ``sequence``.
+    Tasks that come in order, as most do, stand in a line; the others in a heap. Deleting is lazy:
+    an entry counts while its number is the task's ``sequence``.
     """
 
-    __slots__ = ("heap", "homes", "model", "num_waiting", "signature")
+    __slots__ = ("heap", "homes", "line", "model", "num_waiting", "signature")
 
     def __init__(self, model: Model, signature: Signature) -> None:
         self.model = model
         self.signature = signature
-        self.heap: list[tuple[Any, int, Task]] = []
+        self.line: deque[Entry] = deque()
+        self.heap: list[Entry] = []
         self.num_waiting = 0
         # Tasks with large dependencies, once more by the worker that holds most of them.
-        self.homes: dict[str, list[tuple[Any, int, Task]]] = {}
+        self.homes: dict[str, list[Entry]] = {}
 
     def push(self, task: Task, sequence: int, home: str | None) -> None:
+        """Add a task under a number that no other entry of its queue has."""
         task.sequence = sequence
         entry = (task.priority, sequence, task)
-        heapq.heappush(self.heap, entry)
+        line = self.line
+        if not line or entry > line[-1]:
+            line.append(entry)
+        else:
+            heapq.heappush(self.heap, entry)
         if home is not None:
             heapq.heappush(self.homes.setdefault(home, []), entry)
         self.num_waiting += 1
 
     def discard(self, task: Task) -> None:
         """Take a waiting task out."""
-        heap = self.heap
         task.sequence = None
         self.num_waiting -= 1
-        if heap and heap[0][2] is task:
+        line, heap = self.line, self.heap
+        if line and line[0][2] is task:
+            line.popleft()
+        elif heap and heap[0][2] is task:
             heapq.heappop(heap)
-        elif len(heap) > 2 * self.num_waiting + 64:
+        elif len(line) + len(heap) > 2 * self.num_waiting + 64:
+            self.line = deque(entry for entry in line if entry[2].sequence == entry[1])
             self.heap = [entry for entry in heap if entry[2].sequence == entry[1]]
             heapq.heapify(self.heap)
         if not self.num_waiting:
+            self.line.clear()
             self.heap.clear()
             self.homes.clear()
 
     def head(self) -> Task | None:
-        heap = self.heap
-        while heap:
-            _, sequence, task = heap[0]
-            if task.sequence == sequence:
-                return task
+        """The next task."""
+        line, heap = self.line, self.heap
+        while line and line[0][2].sequence != line[0][1]:
+            line.popleft()
+        while heap and heap[0][2].sequence != heap[0][1]:
             heapq.heappop(heap)
-        return None
+        if heap and (not line or heap[0] < line[0]):
+            return heap[0][2]
+        return line[0][2] if line else None
 
     def head_at(self, address: str) -> Task | None:
         """The next task for a worker: one whose data lie there, among equals in urgency."""
@@ -124,7 +143,13 @@ class Queue:
         return local if urgency(local.priority) == urgency(head.priority) else head
 
     def tasks(self) -> Iterator[Task]:
-        return (task for _, sequence, task in self.heap if task.sequence == sequence)
+        """All of them, in no order."""
+        return (
+            task
+            for entries in (self.line, self.heap)
+            for _, sequence, task in entries
+            if task.sequence == sequence
+        )
 
 
 def urgency(priority: Any) -> Any:
@@ -155,6 +180,7 @@ class Device:
         "is_gpu",
         "outstanding_seconds",
         "rates",
+        "reported",
         "reported_free_bytes",
         "used_bytes",
         "uuid",
@@ -171,6 +197,8 @@ class Device:
         self.reported_free_bytes: int | None = None
         self.workers: dict[str, Worker] = {}
         self.rates: dict[str, float] = {}
+        # Models whose rate the device's workers measured themselves.
+        self.reported: set[str] = set()
         self.failures: dict[str, Failure] = {}
         # What is in flight, in seconds of the whole device.
         self.outstanding_seconds = 0.0
@@ -207,6 +235,7 @@ class Worker:
         "intent",
         "is_gpu",
         "limit",
+        "num_loading",
         "opened",
         "outstanding_seconds",
         "peers",
@@ -239,6 +268,7 @@ class Worker:
         self.ready: list[Replica] = []
         # The model that room is being made for.
         self.intent: Model | None = None
+        self.num_loading = 0
         self.opened = False
         self.turn = 0.0
         # A task that must run alone, for which the worker empties, or that runs there.

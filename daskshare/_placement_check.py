@@ -51,6 +51,8 @@ def _worker_problems(books: Dispatcher, worker: Worker) -> Iterable[str]:
         yield f"{at} has {len(worker.in_flight)} tasks in flight; its limit is {worker.limit}"
     if not _close(worker.outstanding_seconds, sum(t.seconds for t in worker.in_flight.values())):
         yield f"{at} counts {worker.outstanding_seconds} s in flight, its tasks sum up otherwise"
+    if worker.num_loading != sum(r.state == "loading" for r in worker.replicas.values()):
+        yield f"{at} counts {worker.num_loading} loads, its models say otherwise"
     counted: Counter[str] = Counter()
     used: Counter[str] = Counter()
     for key, task in worker.in_flight.items():

@@ -163,6 +163,21 @@ class Dispatcher:
             if replica.worker.is_open:
                 self._offer(replica)
 
+    def observe(self, task: Task, now_seconds: float) -> None:
+        """Learn a device's speed from a task that is done."""
+        assert task.replica is not None
+        assert task.decision is not None
+        worker = task.replica.worker
+        device = worker.device
+        # Throughput is the number in flight over the time that one of them takes.
+        in_flight = sum(len(w.in_flight) for w in device.workers.values())
+        number = max(1.0, (in_flight + task.decision.num_in_flight) / 2)
+        seconds = (now_seconds - task.sent_seconds) / number
+        if self.speeds.observe(device, task.model, task.model.work_of(task), seconds):
+            for sibling in device.workers.values():
+                for replica in sibling.ready.copy():
+                    self.update_rate(replica)
+
     def _classify(self, replica: Replica, rate: float) -> None:
         model = replica.model
         number = speed_class(rate)
@@ -449,6 +464,7 @@ class Dispatcher:
         frames = model.work_of(task)
         seconds = frames / replica.rate
         task.seconds = seconds
+        task.sent_seconds = now_seconds
         task.replica = replica
         worker.in_flight[task.key] = task
         worker.outstanding_seconds += seconds

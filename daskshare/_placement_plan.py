@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from daskshare._placement_books import UNRESTRICTED, Model, Queue, Replica, Task, Worker
+from daskshare._placement_books import ANYWHERE, UNRESTRICTED, Model, Queue, Replica, Task, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
 from daskshare._placement_types import Fail
@@ -337,21 +337,26 @@ class Planner:
     def _grow(self, hungry: list[Model], workers: Sequence[Worker], now_seconds: float) -> None:
         """Give workers that will run dry first a share of the backlogs that last longest."""
         active: dict[str, int] = {}
-        serving: dict[Worker, list[Replica]] = {}
+        serving: list[tuple[Worker, list[Replica]]] = []
         for worker in workers:
-            here = [
-                r
-                for r in worker.replicas.values()
-                if r.model.num_waiting and (r.state == "ready" or r.state == "loading")
-            ]
-            serving[worker] = here
+            here = [r for r in worker.ready if r.model.num_waiting]
+            if worker.num_loading:
+                here += [
+                    r
+                    for r in worker.replicas.values()
+                    if r.state == "loading" and r.model.num_waiting
+                ]
+            serving.append((worker, here))
             uuid = worker.device.uuid
             active[uuid] = active.get(uuid, 0) + len(here) + (worker.intent is not None)
         supply = dict.fromkeys(hungry, 0.0)
-        for worker, here in serving.items():
+        coming = dict.fromkeys(hungry, 0)
+        for worker, here in serving:
             for replica in here:
                 supply[replica.model] += replica.rate / active[worker.device.uuid]
+                coming[replica.model] += replica.state == "loading"
             if worker.intent in supply:
+                coming[worker.intent] += 1
                 rate = self.books.speeds.estimate(worker.device, worker.intent)
                 supply[worker.intent] += rate / active[worker.device.uuid]
         lasting = {m: m.queued_frames / s if s else math.inf for m, s in supply.items()}
@@ -361,28 +366,38 @@ class Planner:
             if lasting[m] < math.inf and self._is_free(m, now_seconds)
         ]
         heapq.heapify(order)
-        lasts_here = {
-            w: max((lasting[r.model] for r in here), default=0.0) for w, here in serving.items()
-        }
         pack = self.options.mode == "pack"
-        candidates = sorted(
-            (w for w in workers if w.intent is None and not self._is_loading(w)),
-            key=lambda w: (lasts_here[w], -w.device.used_bytes if pack else 0, w.index),
+        needed_loads = PACK_LOADS if pack else GROW
+        # A worker whose own backlog lasts longer than this gains from no further model.
+        most_seconds = max(
+            (-seconds - needed_loads * m.expected_load_seconds() for seconds, _, m in order),
+            default=0.0,
         )
+        candidates = []
+        for worker, here in serving:
+            if worker.intent is None and not worker.num_loading:
+                here_seconds = max([lasting[r.model] for r in here], default=0.0)
+                if GROW * here_seconds < most_seconds:
+                    used_bytes = worker.device.used_bytes if pack else 0
+                    candidates.append((here_seconds, -used_bytes, worker.index, worker))
+        candidates.sort()
         conversions = max(1, len(workers) // 20)
-        for worker in candidates:
+        for here_seconds, _, _, worker in candidates:
             if not order:
                 break
-            here_seconds = lasts_here[worker]
             tried = []
             while order and len(tried) < 4:
                 seconds, _, model = order[0]
                 load_seconds = model.expected_load_seconds()
                 gain = -seconds - GROW * here_seconds
-                if gain <= (PACK_LOADS if pack else GROW) * load_seconds:
+                if gain <= needed_loads * load_seconds:
                     break
                 tried.append(heapq.heappop(order))
-                if not self.rooms.may_load(model, worker, now_seconds):
+                if (
+                    coming[model] >= model.num_waiting
+                    or not self._could_use(model, worker)
+                    or not self.rooms.may_load(model, worker, now_seconds)
+                ):
                     continue
                 victims: list[Replica] | None = []
                 if not self.rooms.fits(model, worker):
@@ -403,6 +418,7 @@ class Planner:
                     self.rooms.load(model, worker, now_seconds, why)
                 uuid = worker.device.uuid
                 active[uuid] += 1
+                coming[model] += 1
                 rate = self.books.speeds.estimate(worker.device, model)
                 supply[model] += rate / active[uuid]
                 tried[-1] = (-model.queued_frames / supply[model], model.key, model)
@@ -413,6 +429,15 @@ class Planner:
                 # Neither this worker nor any that has longer to do gains from the longest backlog.
                 break
 
+    def _could_use(self, model: Model, worker: Worker) -> bool:
+        """Whether tasks that wait may run there; those that run alone need no further replica."""
+        queue = model.queues.get(UNRESTRICTED)
+        if queue is not None and queue.num_waiting:
+            return True
+        queues = model.queues_by_worker
+        here = (*queues.get(worker.address, ()), *queues.get(ANYWHERE, ()))
+        return any(q.num_waiting and worker.offers(q.signature.resources) for q in here)
+
     def _convertible(
         self, model: Model, worker: Worker, now_seconds: float
     ) -> list[Replica] | None:
@@ -420,9 +445,6 @@ class Planner:
         if victims is None or any(len(v.model.replicas) < 2 for v in victims):
             return None
         return victims
-
-    def _is_loading(self, worker: Worker) -> bool:
-        return any(r.state == "loading" for r in worker.replicas.values())
 
     def _relieve(self, now_seconds: float) -> None:
         """Unload idle models where models turned out larger than the budget."""

@@ -43,7 +43,7 @@ class Rooms:
         failure = worker.device.failures.get(model.key)
         if failure is not None and failure.retry_seconds > now_seconds:
             return False
-        return sum(r.state == "loading" for r in worker.replicas.values()) < LOADS_AT_ONCE
+        return worker.num_loading < LOADS_AT_ONCE
 
     def fits(self, model: Model, worker: Worker) -> bool:
         """Whether there is room beside everything that is there."""
@@ -128,6 +128,7 @@ class Rooms:
         replica = Replica(worker, model, num_bytes, now_seconds)
         replica.rate = self.books.speeds.estimate(worker.device, model)
         worker.replicas[model.key] = replica
+        worker.num_loading += 1
         model.replicas[worker] = replica
         worker.device.book(replica.num_bytes)
         if worker.intent is model:
@@ -215,6 +216,7 @@ class Rooms:
 
     def make_ready(self, replica: Replica, now_seconds: float) -> None:
         """Put a loaded replica into service."""
+        replica.worker.num_loading -= replica.state == "loading"
         replica.state = "ready"
         replica.reason = ""
         replica.since_seconds = now_seconds
@@ -226,6 +228,7 @@ class Rooms:
         """Strike a replica out of the books."""
         self.books.make_unavailable(replica)
         worker = replica.worker
+        worker.num_loading -= replica.state == "loading"
         del worker.replicas[replica.model.key]
         del replica.model.replicas[worker]
         copy = worker.copy_of(replica.model.key)

@@ -13,8 +13,9 @@ __all__ = ["Speeds", "speed_class"]
 DEFAULT_RATE = 500.0
 #: A CPU's speed in GPUs while only one of the two kinds was measured.
 CPU_IN_GPUS = 0.05
-#: Weight of the newest measurement.
+#: Weight of the newest measurement: of a worker's own, and of one task's duration.
 SMOOTHING = 0.5
+TASK_SMOOTHING = 0.2
 
 
 def speed_class(rate: float) -> int:
@@ -31,15 +32,28 @@ class Speeds:
             kind: defaultdict(lambda: [0.0, 0.0]) for kind in (True, False)
         }
 
-    def measure(self, device: Device, model_key: str, rate: float) -> None:
-        """Take in frames/s that a device reached with a model while busy."""
+    def report(self, device: Device, model: Model, rate: float) -> None:
+        """Take in frames/s that a worker measured with a model while busy."""
+        # Without any task of known frames, the frames that are booked are no real ones.
+        if model.frames_count:
+            device.reported.add(model.key)
+            self._measure(device, model.key, rate, SMOOTHING)
+
+    def observe(self, device: Device, model: Model, frames: float, seconds: float) -> bool:
+        """Take in how long a task was in flight, divided by how many were; False: not needed."""
+        if seconds <= 0 or (model.frames_count and model.key in device.reported):
+            return False
+        self._measure(device, model.key, frames / seconds, TASK_SMOOTHING)
+        return True
+
+    def _measure(self, device: Device, model_key: str, rate: float, smoothing: float) -> None:
         mean = self._means[device.is_gpu][model_key]
         old = device.rates.get(model_key)
         if old is None:
             mean[1] += 1
             new = rate
         else:
-            new = old + SMOOTHING * (rate - old)
+            new = old + smoothing * (rate - old)
             mean[0] -= old
         mean[0] += new
         device.rates[model_key] = new
@@ -53,6 +67,7 @@ class Speeds:
             if mean[1] < 1:
                 del self._means[device.is_gpu][model_key]
         device.rates.clear()
+        device.reported.clear()
 
     def estimate(self, device: Device, model: Model) -> float:
         """Frames/s to expect; above 0."""

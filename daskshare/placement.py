@@ -281,8 +281,9 @@ class GpuPool:
                 rooms.remove(replica)
         measured = False
         for model_key, rate in (frames_per_second or {}).items():
-            if model_key in books.models and rate and 0 < rate < math.inf:
-                books.speeds.measure(worker.device, model_key, rate)
+            model = books.models.get(model_key)
+            if model is not None and rate and 0 < rate < math.inf:
+                books.speeds.report(worker.device, model, rate)
                 measured = True
         if measured:
             for sibling in worker.device.workers.values():
@@ -291,6 +292,7 @@ class GpuPool:
 
     def _adopt(self, worker: Worker, model: Model, num_bytes: int, now: float) -> None:
         replica = Replica(worker, model, 0, now)
+        replica.state = "ready"
         worker.replicas[model.key] = replica
         model.replicas[worker] = replica
         self._rooms.resize(replica, num_bytes)
@@ -665,13 +667,15 @@ class GpuPool:
         task.model = self._resolve(task.model)
         self._books.enqueue(task, task.queue.signature, again=True)
 
-    def finish_task(self, key: Hashable, *, now_seconds: float) -> bool:
+    def finish_task(self, key: Hashable, *, ok: bool = True, now_seconds: float) -> bool:
         """Say that a task is done, well or badly.
 
         Parameters
         ----------
         key : hashable
             The task.
+        ok : bool
+            Whether it succeeded; only then its duration says how fast the device is.
         now_seconds : float
             The time.
 
@@ -680,6 +684,9 @@ class GpuPool:
         bool
             False when the pool does not know it.
         """
+        task = self._books.tasks.get(key)
+        if ok and task is not None and task.replica is not None:
+            self._books.observe(task, self._at(now_seconds))
         return self.forget_task(key, now_seconds=now_seconds)
 
     def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
