@@ -110,7 +110,8 @@ class Requests:
                 # It is there; from now on its number follows its tasks.
                 pool.request_replicas(key, None, now_seconds=time.monotonic())
                 allocator.kick()
-        return workers.with_model(key)
+        ready = workers.with_model(key)
+        return [address for address in ready if not wanted or workers.device(address) in wanted]
 
     async def unload(self, key: str, timeout_seconds: float) -> list[str]:
         """Unload a model; see :func:`daskshare.unload`.

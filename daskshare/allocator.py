@@ -147,7 +147,7 @@ class Allocator:
         now_seconds = time.monotonic()
         worker = held.worker
         if finish in ("memory", "erred"):
-            self.pool.finish_task(held.key, now_seconds=now_seconds)
+            self.pool.finish_task(held.key, ok=finish == "memory", now_seconds=now_seconds)
             held.cleared()
         else:
             self.pool.forget_task(held.key, now_seconds=now_seconds)
