@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,10 @@ class Requests:
         known = allocator.register(loads(model))
         key, pool = known.key, allocator.pool
         known.error = None
+        if devices and not all(map(workers.find_device, devices)):
+            # Perhaps a worker has not reported its device yet.
+            with contextlib.suppress(TimeoutError):
+                await self._until(workers.all_reported, lambda: None, timeout_seconds)
         wanted = set(map(self._device, devices or ()))
         if wanted:
             pool.pin_model(key, wanted, now_seconds=time.monotonic())
@@ -153,7 +158,7 @@ class Requests:
 
     def _device(self, name: str) -> str:
         workers = self._allocator.workers
-        device = workers.device(name) or (name if workers.has_device(name) else "")
+        device = workers.find_device(name)
         if not device:
             raise ConfigurationError(
                 f"Got {name!r}; expected the uuid of a device, or the address of a worker, of "

@@ -201,9 +201,15 @@ class WorkerBook:
         known = self._known.get(address)
         return known.device if known is not None else ""
 
-    def has_device(self, uuid: str) -> bool:
-        """Whether a worker uses that device."""
-        return any(known.device == uuid for known in self._known.values())
+    def find_device(self, name: str) -> str:
+        """Return the uuid of the device with that uuid or of the worker at that address, or ""."""
+        if any(known.device == name for known in self._known.values()):
+            return name
+        return self.device(name)
+
+    def all_reported(self) -> bool:
+        """Whether each worker's device, or why it has none, is known."""
+        return all(known.in_pool or known.failure for known in self._known.values())
 
     def devices(self) -> list[str]:
         """Return the uuids of all devices, each once."""

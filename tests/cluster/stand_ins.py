@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,3 +144,57 @@ def start_stand_ins(client: Any, devices: dict[Any, str], **options: Any) -> Non
     """Install stand-ins and daskshare on a cluster that has neither."""
     client.register_plugin(StandIns(devices, **options))
     daskshare.install(client)
+
+
+def until(condition: Callable[[], bool], client: Any, *, steps: int = 1200) -> None:
+    """Wait, step by step of the scheduler, until a condition holds; a bound, not a duration."""
+    for _ in range(steps):
+        if condition():
+            return
+        client.run_on_scheduler(_breathe)
+    raise AssertionError("still not so")
+
+
+async def _breathe() -> None:
+    await asyncio.sleep(0.05)
+
+
+def set_status(client: Any, address: str, status: str) -> None:
+    """Pause a worker or let it go on, and wait until the scheduler knows."""
+
+    def change(dask_worker: Any) -> None:
+        from distributed import Status
+
+        dask_worker.status = Status[status]
+
+    async def known(dask_scheduler: Any) -> bool:
+        ws = dask_scheduler.workers.get(address)
+        return ws is None or ws.status.name == status
+
+    client.run(change, workers=[address])
+    until(lambda: client.run_on_scheduler(known), client)
+
+
+@contextmanager
+def no_hook_fails() -> Iterator[None]:
+    """Fail when a hook of a plugin raised in this process's scheduler: Dask only logs it."""
+    failures: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "Plugin failed" in record.getMessage() or record.exc_info:
+                failures.append(record)
+
+    keep = Keep(logging.INFO)
+    loggers = [logging.getLogger(f"distributed.{name}") for name in ("scheduler", "broker")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(keep)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(keep)
+            logger.setLevel(level)
+    assert not failures, logging.Formatter().format(failures[0])
