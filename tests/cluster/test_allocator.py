@@ -57,7 +57,6 @@ def cluster(importable_by_subprocesses):
 def client(cluster):
     with Client(cluster, set_as_default=False) as client, client.as_current():
         yield client
-        client.cancel(list(client.futures.values()), force=True)
 
 
 @pytest.fixture
