@@ -246,23 +246,45 @@ class Dispatcher:
     def dispatch(self, now_seconds: float) -> list[Dispatch]:
         """Hand out what can be handed out."""
         out: list[Dispatch] = []
-        opened, self._opened = self._opened, []
-        for worker in opened:
-            worker.opened = False
-            if worker.accepting:
-                self._fill(worker, now_seconds, out)
+        if self._opened:
+            self._fill(now_seconds, out)
         self._place_arrivals(now_seconds, out)
         return out
 
-    def _fill(self, worker: Worker, now_seconds: float, out: list[Dispatch]) -> None:
-        """Give a worker with a free slot the next tasks of the models on it."""
-        refused: set[Model] | None = None
-        if worker.held_for is not None:
+    def _fill(self, now_seconds: float, out: list[Dispatch]) -> None:
+        """Give workers with free slots the next tasks of the models on them, soonest end first."""
+        opened, self._opened = self._opened, []
+        contest: list[tuple[float, int, Worker]] = []
+        for worker in opened:
+            worker.opened = False
             task = worker.held_for
-            if not worker.in_flight:
+            if not worker.accepting:
+                continue
+            if task is None:
+                contest.append((worker.load_seconds, worker.index, worker))
+            elif not worker.in_flight:
                 self._book(task, task.model.replicas[worker], now_seconds, out, "it runs alone")
-            return
-        while len(worker.in_flight) < worker.limit:
+        heapq.heapify(contest)
+        while contest:
+            seconds, index, worker = contest[0]
+            choice = self._choose(worker) if worker.is_open else None
+            if choice is None:
+                heapq.heappop(contest)
+                if worker.is_open:
+                    for replica in worker.ready:
+                        self._offer(replica)
+                continue
+            task, replica, finish_seconds = choice
+            if finish_seconds > seconds and len(contest) > 1:
+                heapq.heapreplace(contest, (finish_seconds, index, worker))
+                if contest[0][2] is not worker:
+                    continue
+            self._book(task, replica, now_seconds, out, "a slot came free there")
+
+    def _choose(self, worker: Worker) -> tuple[Task, Replica, float] | None:
+        """What a worker should get next, and when that would end."""
+        refused: set[Model] = set()
+        while True:
             chosen: Replica | None = None
             turn = 0.0
             for replica in worker.ready:
@@ -278,17 +300,49 @@ class Dispatcher:
                 ):
                     chosen, turn = replica, its_turn
             if chosen is None:
-                break
+                return None
             task = self._next_for(chosen)
-            if task is None:
-                refused = refused or set()
-                refused.add(chosen.model)
+            if task is not None:
+                finish_seconds = worker.load_seconds + chosen.model.work_of(task) / chosen.rate
+                if not self._ends_sooner_elsewhere(task, chosen, finish_seconds):
+                    return task, chosen, finish_seconds
+            refused.add(chosen.model)
+
+    def _ends_sooner_elsewhere(self, task: Task, here: Replica, finish_seconds: float) -> bool:
+        """Whether another worker with a free slot would finish it first."""
+        model = here.model
+        if task.queue.signature is not UNRESTRICTED:
+            return False
+        for group in model.classes.values():
+            if not group.heap:
                 continue
-            self._book(task, chosen, now_seconds, out, "a slot came free there")
-        else:
-            return
-        for replica in worker.ready:
-            self._offer(replica)
+            other = self._least_loaded(group)
+            if other is not None and other is not here:
+                seconds = other.worker.load_seconds + model.work_of(task) / other.rate
+                if seconds < finish_seconds:
+                    self.wake(model)
+                    return True
+        if task.dependencies:
+            finish_seconds += self._transfer_seconds(task, here.worker)
+            near = self._nearest(task)
+            if near is not None and near[0] is not here and near[1] < finish_seconds:
+                self.wake(model)
+                return True
+        return False
+
+    def _nearest(self, task: Task) -> tuple[Replica, float] | None:
+        """The worker with a free slot, among those that hold its data, that finishes it first."""
+        found: tuple[Replica, float] | None = None
+        for address in sorted(task.dependencies or ()):
+            worker = self.workers.get(address)
+            replica = task.model.replicas.get(worker) if worker is not None else None
+            if replica is None or replica.speed_class is None or not replica.worker.is_open:
+                continue
+            seconds = replica.worker.load_seconds + task.model.work_of(task) / replica.rate
+            seconds += self._transfer_seconds(task, replica.worker)
+            if found is None or seconds < found[1]:
+                found = replica, seconds
+        return found
 
     def _next_for(self, replica: Replica) -> Task | None:
         model, worker = replica.model, replica.worker
@@ -378,15 +432,9 @@ class Dispatcher:
                     best, best_seconds = replica, seconds
         if task.dependencies and best is not None:
             best_seconds += self._transfer_seconds(task, best.worker)
-            for address in sorted(task.dependencies):
-                worker = self.workers.get(address)
-                near = model.replicas.get(worker) if worker is not None else None
-                if near is None or near.speed_class is None or not near.worker.is_open:
-                    continue
-                seconds = near.worker.load_seconds + frames / near.rate
-                seconds += self._transfer_seconds(task, near.worker)
-                if seconds < best_seconds:
-                    best, best_seconds = near, seconds
+            near = self._nearest(task)
+            if near is not None and near[1] < best_seconds:
+                best = near[0]
         if best is not None and not self._worthwhile(task, best):
             return None
         return best

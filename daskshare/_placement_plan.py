@@ -339,7 +339,12 @@ class Planner:
         active: dict[str, int] = {}
         serving: list[tuple[Worker, list[Replica]]] = []
         for worker in workers:
+            rates = worker.device.rates
             here = [r for r in worker.ready if r.model.num_waiting]
+            for replica in here:
+                if replica.model.key not in rates:
+                    # What is measured elsewhere says more every time.
+                    self.books.update_rate(replica)
             if worker.num_loading:
                 here += [
                     r

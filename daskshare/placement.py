@@ -405,6 +405,8 @@ class GpuPool:
         self._rooms.make_ready(replica, now)
         if replica.condemned:
             self._rooms.drain(replica, reason)
+        if model.predecessor is not None:
+            self._planner.urgent = True
 
     def load_failed(self, address: str, model_key: str, *, reason: str, now_seconds: float) -> None:
         """Say that a load failed; the device does not try this model again for a while.
