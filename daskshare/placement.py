@@ -291,6 +291,9 @@ class GpuPool:
                     books.update_rate(replica)
 
     def _adopt(self, worker: Worker, model: Model, num_bytes: int, now: float) -> None:
+        copy = worker.copy_of(model.key)
+        if copy is not None and copy.state in ("draining", "unloading"):
+            return
         replica = Replica(worker, model, 0, now)
         replica.state = "ready"
         worker.replicas[model.key] = replica
@@ -401,9 +404,9 @@ class GpuPool:
         model.num_loaded += 1
         model.failed_until_seconds = -math.inf
         replica.worker.device.failures.pop(model_key, None)
-        reason = replica.reason
+        reason, condemned = replica.reason, replica.condemned
         self._rooms.make_ready(replica, now)
-        if replica.condemned:
+        if condemned:
             self._rooms.drain(replica, reason)
         if model.predecessor is not None:
             self._planner.urgent = True
