@@ -175,7 +175,8 @@ class Dispatcher:
         seconds = (now_seconds - task.sent_seconds) / number
         if self.speeds.observe(device, task.model, task.model.work_of(task), seconds):
             for sibling in device.workers.values():
-                for replica in sibling.ready.copy():
+                replica = sibling.replicas.get(task.model.key)
+                if replica is not None:
                     self.update_rate(replica)
 
     def _classify(self, replica: Replica, rate: float) -> None:
@@ -283,30 +284,18 @@ class Dispatcher:
 
     def _choose(self, worker: Worker) -> tuple[Task, Replica, float] | None:
         """What a worker should get next, and when that would end."""
-        refused: set[Model] = set()
-        while True:
-            chosen: Replica | None = None
-            turn = 0.0
-            for replica in worker.ready:
-                model = replica.model
-                if not model.num_waiting or (refused and model in refused):
-                    continue
-                # Time that it had nothing to do gives no right to catch up.
-                its_turn = max(replica.turn, worker.turn)
-                if (
-                    chosen is None
-                    or its_turn < turn
-                    or (its_turn == turn and model.turn < chosen.model.turn)
-                ):
-                    chosen, turn = replica, its_turn
-            if chosen is None:
-                return None
-            task = self._next_for(chosen)
+        hungry = [replica for replica in worker.ready if replica.model.num_waiting]
+        if len(hungry) > 1:
+            # Time that a model had nothing to do gives it no right to catch up.
+            least = worker.turn
+            hungry.sort(key=lambda r: (r.turn if r.turn > least else least, r.model.turn))
+        for replica in hungry:
+            task = self._next_for(replica)
             if task is not None:
-                finish_seconds = worker.load_seconds + chosen.model.work_of(task) / chosen.rate
-                if not self._ends_sooner_elsewhere(task, chosen, finish_seconds):
-                    return task, chosen, finish_seconds
-            refused.add(chosen.model)
+                finish_seconds = worker.load_seconds + replica.model.work_of(task) / replica.rate
+                if not self._ends_sooner_elsewhere(task, replica, finish_seconds):
+                    return task, replica, finish_seconds
+        return None
 
     def _ends_sooner_elsewhere(self, task: Task, here: Replica, finish_seconds: float) -> bool:
         """Whether another worker with a free slot would finish it first."""
