@@ -308,7 +308,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestPoolMachine.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
 
 
 @given(
