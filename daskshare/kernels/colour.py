@@ -265,12 +265,12 @@ def surface_to_rgb(
     Runs in the decoding task's thread, with ``out``'s device current; returns before the kernel
     has run. Same results as :func:`semiplanar_to_rgb`.
     """
-    import cupy
+    from daskshare.kernels.cupy_kernel import cupy_stream
 
     height, width = int(out.shape[0]), int(out.shape[1])
     block = (32, 8)
     grid = (-(-width // (2 * block[0])), -(-height // (2 * block[1])))
-    with cupy.cuda.ExternalStream(stream):
+    with cupy_stream(stream):
         _kernel(sample_bytes)(
             grid,
             block,
