@@ -39,6 +39,10 @@ _BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12
 _START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 
 
+# Decoding waits for its copies and conversions, which are short; the network's kernels are long.
+_STREAM_PRIORITY = -1
+
+
 class _NvdecFailed(Exception):
     """NVDEC cannot go on with this chunk."""
 
@@ -138,7 +142,7 @@ class _Session:
         self.key = key
         self._base = self._latest = 0
         with torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(priority=_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
             self._decoder = PyNvVideoCodec.CreateDecoder(
                 gpuid=key.device_index,
@@ -402,6 +406,8 @@ class NvdecFrames:
         parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
+            if self._refers_past_the_keyframe(packet, origin):
+                continue
             parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
                 parts = [*to_start_codes.filter(packet)]
@@ -415,6 +421,16 @@ class NvdecFrames:
                     yield surface, time + origin
         if numbers.errors:
             raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
+
+    def _refers_past_the_keyframe(self, packet: Packet[Any] | None, origin: int) -> bool:
+        # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the standard says,
+        # but gives their times to the pictures that follow.
+        return (
+            self._chunk.codec == "hevc"
+            and packet is not None
+            and packet.pts is not None
+            and packet.pts < origin
+        )
 
     def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
         import torch
