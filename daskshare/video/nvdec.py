@@ -175,8 +175,8 @@ class _Session:
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
-    ) -> Callable[[Any, torch.Tensor], None]:
-        """Return what queues the conversion of a surface like ``surface`` into one frame."""
+    ) -> Callable[[Any, torch.Tensor, int], None]:
+        """Return what queues the conversion of a surface like ``surface`` into a batch's frame."""
         import torch
 
         luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
@@ -205,22 +205,31 @@ class _Session:
                     stream=self.stream.cuda_stream,
                 )
 
-        def convert(surface: Any, out: torch.Tensor) -> None:
+        def convert(surface: Any, batch: torch.Tensor, position: int) -> None:
             luma = int(surface.GetPtrToPlane(0))
-            with torch.cuda.device(self.key.device_index):
-                if input_size is not None:
-                    to_input(luma, luma + distance, out.data_ptr())
-                else:
-                    surface_to_rgb(
-                        luma,
-                        luma + distance,
-                        out,
-                        conversion,
-                        luma_pitch_bytes=pitch,
-                        chroma_pitch_bytes=pitch,
-                        sample_bytes=sample_bytes,
-                        stream=self.stream.cuda_stream,
-                    )
+            # All tasks share one interpreter, and this runs for each frame: no tensor is made,
+            # and no device is set that is already current.
+            if torch.cuda.current_device() == self.key.device_index:
+                queue(luma, batch, position)
+            else:
+                with torch.cuda.device(self.key.device_index):
+                    queue(luma, batch, position)
+
+        def queue(luma: int, batch: torch.Tensor, position: int) -> None:
+            if input_size is not None:
+                frame_bytes = 3 * input_size[0] * input_size[1]
+                to_input(luma, luma + distance, batch.data_ptr() + position * frame_bytes)
+            else:
+                surface_to_rgb(
+                    luma,
+                    luma + distance,
+                    batch[position],
+                    conversion,
+                    luma_pitch_bytes=pitch,
+                    chroma_pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    stream=self.stream.cuda_stream,
+                )
 
         return convert
 
@@ -362,7 +371,7 @@ class NvdecFrames:
         emitted = size = 0
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
-            convert: Callable[[Any, torch.Tensor], None] | None = None
+            convert: Callable[[Any, torch.Tensor, int], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
@@ -378,7 +387,7 @@ class NvdecFrames:
                         )
                 if convert is None:
                     convert = session.converter(surface, conversion, self._input_size)
-                convert(surface, batch[size])
+                convert(surface, batch, size)
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
