@@ -101,7 +101,8 @@ class Planner:
         for model in hungry:
             # Also what was kept back for a faster worker is looked at again.
             books.wake(model)
-            self._give_up(model, workers, now_seconds)
+            # A paused worker may yet load what the others could not.
+            self._give_up(model, [w for w in books.workers.values() if w.usable], now_seconds)
         hungry = [m for m in hungry if m.num_waiting]
         for model in hungry:
             self._first_replicas(model, workers, now_seconds)

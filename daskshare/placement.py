@@ -121,7 +121,7 @@ class GpuPool(WorkerEvents):
             )
         books.tasks[key] = task
         books.enqueue(task, signature)
-        if now_seconds < model.failed_until_seconds:
+        if now_seconds < model.failed_until_seconds and not model.replicas:
             self._planner.failing[model] = None
         elif not model.replicas and model.num_waiting == 1:
             self._planner.urgent = True

@@ -486,6 +486,32 @@ def test_tasks_restricted_to_a_device_that_cannot_load_fail_though_others_can():
     assert world.at == {"anywhere": "b"}
 
 
+def test_a_paused_worker_that_could_hold_a_model_keeps_its_tasks_waiting():
+    world = World()
+    world.gpu("small", budget_bytes=10)
+    world.gpu("large", budget_bytes=100)
+    world.model("m", 50)
+    world.pool.set_worker_accepting("large", False, now_seconds=0.0)
+    world.task("t")
+    assert world.step(1.0) == []
+    world.pool.set_worker_accepting("large", True, now_seconds=1.0)
+    world.step(1.0)
+    assert world.at == {"t": "large"}
+
+
+def test_a_model_that_is_there_after_all_serves_at_once():
+    world = World(instant=False)
+    world.gpu("w")
+    world.model("m")
+    world.task("t")
+    world.step()
+    world.pool.load_failed("w", "m", reason="busy", now_seconds=0.0)
+    assert [type(d) for d in world.step()] == [Fail]
+    world.pool.report_worker("w", resident={"m": 10}, now_seconds=1.0)
+    world.task("u")
+    assert tasks_of(world.step(1.0)) == ["u"]
+
+
 def test_late_answers_of_gone_workers_are_no_error():
     world = World(instant=False)
     world.gpu("w")
