@@ -336,7 +336,7 @@ class Replica:
         self.model = model
         self.num_bytes = num_bytes
         self.state = "loading"
-        # To be unloaded as soon as it is loaded.
+        # To be unloaded whatever comes, as soon as it is loaded and not in use.
         self.condemned = False
         self.since_seconds = now_seconds
         self.last_used_seconds = now_seconds

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
-from itertools import count
 
 from daskshare._placement_books import (
     ANYWHERE,
     UNRESTRICTED,
-    Device,
     Model,
-    Queue,
     Replica,
-    Signature,
-    SpeedClass,
     Task,
     Worker,
 )
-from daskshare._placement_speed import Speeds, speed_class
-from daskshare._placement_types import Dispatch, PlacementOptions
+from daskshare._placement_queues import Books
+from daskshare._placement_types import Dispatch
 
 __all__ = ["Dispatcher"]
 
-#: Dependencies that move faster than this are no reason to prefer a worker.
-SMALL_TRANSFER_SECONDS = 0.01
 
-
-class Dispatcher:
-    """The books, and the turns that models take on open workers.
+class Dispatcher(Books):
+    """The turns that models take on open workers.
 
     A slot that comes free is filled at once with the model, among those on that worker, whose
     turn is nearest. Models whose tasks found no slot wait aside until one opens, so a full
@@ -36,259 +27,96 @@ class Dispatcher:
     first: the best of each speed class's least loaded worker.
     """
 
-    def __init__(self, options: PlacementOptions) -> None:
-        self.options = options
-        self.speeds = Speeds()
-        self.tasks: dict[Hashable, Task] = {}
-        self.models: dict[str, Model] = {}
-        self.workers: dict[str, Worker] = {}
-        self.devices: dict[str, Device] = {}
-        self.drained: list[Replica] = []
-        self._opened: list[Worker] = []
-        # Queues of tasks that must run alone.
-        self._alone: dict[Queue, None] = {}
-        # (turn, model key, model): a model is there once while its in_turn is set.
-        self._turns: list[tuple[float, str, Model]] = []
-        self._virtual_turn = 0.0
-        self._sequence = count(1)
-        self._urgent_sequence = count(-1, -1)
-        self.num_dispatched = 0
-
-    # -- waiting tasks --
-
-    def enqueue(self, task: Task, signature: Signature, *, again: bool = False) -> None:
-        """Let a task wait; one that was lost goes before others of its priority."""
-        model = task.model
-        queue = model.queues.get(signature)
-        if queue is None:
-            queue = model.queues[signature] = Queue(model, signature)
-            if signature.alone:
-                self._alone[queue] = None
-            elif signature != UNRESTRICTED:
-                for address in sorted(signature.addresses or {ANYWHERE}):
-                    model.queues_by_worker.setdefault(address, {})[queue] = None
-        task.queue = queue
-        if not model.num_waiting:
-            # Time that it had nothing to do gives no right to catch up.
-            model.turn = max(model.turn, self._virtual_turn)
-        queue.push(task, next(self._urgent_sequence if again else self._sequence), self._home(task))
-        model.num_waiting += 1
-        if task.frames is None:
-            model.waiting_unknown += 1
-        else:
-            model.waiting_frames += task.frames
-        model.runnable[queue] = None
-        if not model.in_turn:
-            self._take_turn(model)
-
-    def dequeue(self, task: Task) -> None:
-        """Take a waiting task out of its queue."""
-        model, queue = task.model, task.queue
-        queue.discard(task)
-        if queue.signature.alone:
-            self._let_go(task)
-        model.num_waiting -= 1
-        if task.frames is None:
-            model.waiting_unknown -= 1
-        else:
-            model.waiting_frames -= task.frames
-        if not model.num_waiting:
-            model.waiting_frames = 0.0
-        if not queue.num_waiting and queue.signature != UNRESTRICTED:
-            self._drop_queue(queue)
-
-    def _drop_queue(self, queue: Queue) -> None:
-        model = queue.model
-        del model.queues[queue.signature]
-        model.runnable.pop(queue, None)
-        self._alone.pop(queue, None)
-        if queue.signature.alone:
-            return
-        for address in queue.signature.addresses or (ANYWHERE,):
-            queues = model.queues_by_worker[address]
-            del queues[queue]
-            if not queues:
-                del model.queues_by_worker[address]
-
-    def _home(self, task: Task) -> str | None:
-        if not task.dependencies:
-            return None
-        total = sum(task.dependencies.values())
-        if total / self.options.transfer_bytes_per_second < SMALL_TRANSFER_SECONDS:
-            return None
-        return max(sorted(task.dependencies), key=task.dependencies.__getitem__)
-
-    def _take_turn(self, model: Model) -> None:
-        model.in_turn = True
-        heapq.heappush(self._turns, (model.turn, model.key, model))
-
-    def wake(self, model: Model) -> None:
-        """Look again for workers for what waits for a model."""
-        for queue in model.queues.values():
-            if queue.num_waiting:
-                model.runnable[queue] = None
-        if model.num_waiting and not model.in_turn:
-            self._take_turn(model)
-
-    # -- replicas that take tasks --
-
-    def make_available(self, replica: Replica) -> None:
-        """Hand tasks to a ready replica from now on."""
-        worker, model = replica.worker, replica.model
-        worker.ready.append(replica)
-        rate = self.speeds.estimate(worker.device, model)
-        self._classify(replica, rate)
-        self.open(worker)
-
-    def make_unavailable(self, replica: Replica) -> None:
-        """Hand no more tasks to a replica."""
-        if replica.speed_class is None:
-            return
-        replica.worker.ready.remove(replica)
-        self._declassify(replica)
-        # Tasks may have been kept back for this one.
-        self.wake(replica.model)
-        held_for = replica.worker.held_for
-        if held_for is not None and held_for.replica is None and held_for.model is replica.model:
-            self._let_go(held_for)
-
-    def update_rate(self, replica: Replica) -> None:
-        """Take over a new estimate of the speed, unless it is about the old one."""
-        if replica.speed_class is None:
-            return
-        rate = self.speeds.estimate(replica.worker.device, replica.model)
-        if not 0.9 < rate / replica.rate < 1.1:
-            self._declassify(replica)
-            self._classify(replica, rate)
-            if replica.worker.is_open:
-                self._offer(replica)
-
-    def observe(self, task: Task, now_seconds: float) -> None:
-        """Learn a device's speed from a task that is done."""
-        assert task.replica is not None
-        assert task.decision is not None
-        worker = task.replica.worker
-        device = worker.device
-        # Throughput is the number in flight over the time that one of them takes.
-        in_flight = sum(len(w.in_flight) for w in device.workers.values())
-        number = max(1.0, (in_flight + task.decision.num_in_flight) / 2)
-        seconds = (now_seconds - task.sent_seconds) / number
-        if self.speeds.observe(device, task.model, task.model.work_of(task), seconds):
-            for sibling in device.workers.values():
-                for replica in sibling.ready.copy():
-                    self.update_rate(replica)
-
-    def _classify(self, replica: Replica, rate: float) -> None:
-        model = replica.model
-        number = speed_class(rate)
-        group = model.classes.get(number)
-        if group is None:
-            group = model.classes[number] = SpeedClass(rate)
-        group.replicas[replica] = None
-        replica.rate = rate
-        replica.speed_class = group
-        replica.heap_seconds = None
-        model.supply_rate += rate
-
-    def _declassify(self, replica: Replica) -> None:
-        group, model = replica.speed_class, replica.model
-        assert group is not None
-        del group.replicas[replica]
-        replica.speed_class = None
-        replica.heap_seconds = None
-        model.supply_rate -= replica.rate
-        if not group.replicas:
-            model.classes = {n: c for n, c in model.classes.items() if c is not group}
-        if not model.classes:
-            model.supply_rate = 0.0
-
-    def open(self, worker: Worker) -> None:
-        """Look at a worker at the next decision: it may have a free slot."""
-        if not worker.opened:
-            worker.opened = True
-            self._opened.append(worker)
-
-    def _offer(self, replica: Replica) -> None:
-        """Put an open worker's replica where tasks that come will find it."""
-        seconds = replica.worker.load_seconds
-        if replica.heap_seconds is not None and replica.heap_seconds <= seconds:
-            return  # Corrected when it comes to the top.
-        group = replica.speed_class
-        assert group is not None
-        replica.heap_seconds = seconds
-        heap = group.heap
-        if len(heap) > 2 * len(group.replicas) + 64:
-            heap[:] = [entry for entry in heap if entry[2].heap_seconds == entry[0]]
-            heapq.heapify(heap)
-        heapq.heappush(heap, (seconds, replica.worker.index, replica))
-
-    def _least_loaded(self, group: SpeedClass) -> Replica | None:
-        heap = group.heap
-        while heap:
-            seconds, _, replica = heap[0]
-            if replica.heap_seconds != seconds or replica.speed_class is not group:
-                heapq.heappop(heap)
-                continue
-            worker = replica.worker
-            if not worker.is_open:
-                replica.heap_seconds = None
-                heapq.heappop(heap)
-                continue
-            now = worker.load_seconds
-            if now <= seconds:
-                return replica
-            replica.heap_seconds = now
-            heapq.heapreplace(heap, (now, worker.index, replica))
-        return None
-
     # -- decisions --
 
     def dispatch(self, now_seconds: float) -> list[Dispatch]:
         """Hand out what can be handed out."""
         out: list[Dispatch] = []
-        opened, self._opened = self._opened, []
-        for worker in opened:
-            worker.opened = False
-            if worker.accepting:
-                self._fill(worker, now_seconds, out)
+        if self._opened:
+            self._fill(now_seconds, out)
         self._place_arrivals(now_seconds, out)
         return out
 
-    def _fill(self, worker: Worker, now_seconds: float, out: list[Dispatch]) -> None:
-        """Give a worker with a free slot the next tasks of the models on it."""
-        refused: set[Model] | None = None
-        if worker.held_for is not None:
+    def _fill(self, now_seconds: float, out: list[Dispatch]) -> None:
+        """Give workers with free slots the next tasks of the models on them, soonest end first."""
+        opened, self._opened = self._opened, []
+        contest: list[tuple[float, int, Worker]] = []
+        for worker in opened:
+            worker.opened = False
             task = worker.held_for
-            if not worker.in_flight:
-                self._book(task, task.model.replicas[worker], now_seconds, out, "it runs alone")
-            return
-        while len(worker.in_flight) < worker.limit:
-            chosen: Replica | None = None
-            turn = 0.0
-            for replica in worker.ready:
-                model = replica.model
-                if not model.num_waiting or (refused and model in refused):
-                    continue
-                # Time that it had nothing to do gives no right to catch up.
-                its_turn = max(replica.turn, worker.turn)
-                if (
-                    chosen is None
-                    or its_turn < turn
-                    or (its_turn == turn and model.turn < chosen.model.turn)
-                ):
-                    chosen, turn = replica, its_turn
-            if chosen is None:
-                break
-            task = self._next_for(chosen)
-            if task is None:
-                refused = refused or set()
-                refused.add(chosen.model)
+            if not worker.accepting:
                 continue
-            self._book(task, chosen, now_seconds, out, "a slot came free there")
-        else:
-            return
-        for replica in worker.ready:
-            self._offer(replica)
+            if task is None:
+                contest.append((worker.load_seconds, worker.index, worker))
+            elif not worker.in_flight:
+                self._book(task, task.model.replicas[worker], now_seconds, out, "it runs alone")
+        heapq.heapify(contest)
+        while contest:
+            seconds, index, worker = contest[0]
+            choice = self._choose(worker) if worker.is_open else None
+            if choice is None:
+                heapq.heappop(contest)
+                if worker.is_open:
+                    for replica in worker.ready:
+                        self._offer(replica)
+                continue
+            task, replica, finish_seconds = choice
+            if finish_seconds > seconds and len(contest) > 1:
+                heapq.heapreplace(contest, (finish_seconds, index, worker))
+                if contest[0][2] is not worker:
+                    continue
+            self._book(task, replica, now_seconds, out, "a slot came free there")
+
+    def _choose(self, worker: Worker) -> tuple[Task, Replica, float] | None:
+        """What a worker should get next, and when that would end."""
+        hungry = [replica for replica in worker.ready if replica.model.num_waiting]
+        if len(hungry) > 1:
+            # Time that a model had nothing to do gives it no right to catch up.
+            least = worker.turn
+            hungry.sort(key=lambda r: (r.turn if r.turn > least else least, r.model.turn))
+        for replica in hungry:
+            task = self._next_for(replica)
+            if task is not None:
+                finish_seconds = worker.load_seconds + replica.model.work_of(task) / replica.rate
+                if not self._ends_sooner_elsewhere(task, replica, finish_seconds):
+                    return task, replica, finish_seconds
+        return None
+
+    def _ends_sooner_elsewhere(self, task: Task, here: Replica, finish_seconds: float) -> bool:
+        """Whether another worker with a free slot would finish it first."""
+        model = here.model
+        if task.queue.signature is not UNRESTRICTED:
+            return False
+        for group in model.classes.values():
+            if not group.heap:
+                continue
+            other = self._least_loaded(group)
+            if other is not None and other is not here:
+                seconds = other.worker.load_seconds + model.work_of(task) / other.rate
+                if seconds < finish_seconds:
+                    self.wake(model)
+                    return True
+        if task.dependencies:
+            finish_seconds += self._transfer_seconds(task, here.worker)
+            near = self._nearest(task)
+            if near is not None and near[0] is not here and near[1] < finish_seconds:
+                self.wake(model)
+                return True
+        return False
+
+    def _nearest(self, task: Task) -> tuple[Replica, float] | None:
+        """The worker with a free slot, among those that hold its data, that finishes it first."""
+        found: tuple[Replica, float] | None = None
+        for address in sorted(task.dependencies or ()):
+            worker = self.workers.get(address)
+            replica = task.model.replicas.get(worker) if worker is not None else None
+            if replica is None or replica.speed_class is None or not replica.worker.is_open:
+                continue
+            seconds = replica.worker.load_seconds + task.model.work_of(task) / replica.rate
+            seconds += self._transfer_seconds(task, replica.worker)
+            if found is None or seconds < found[1]:
+                found = replica, seconds
+        return found
 
     def _next_for(self, replica: Replica) -> Task | None:
         model, worker = replica.model, replica.worker
@@ -378,15 +206,9 @@ class Dispatcher:
                     best, best_seconds = replica, seconds
         if task.dependencies and best is not None:
             best_seconds += self._transfer_seconds(task, best.worker)
-            for address in sorted(task.dependencies):
-                worker = self.workers.get(address)
-                near = model.replicas.get(worker) if worker is not None else None
-                if near is None or near.speed_class is None or not near.worker.is_open:
-                    continue
-                seconds = near.worker.load_seconds + frames / near.rate
-                seconds += self._transfer_seconds(task, near.worker)
-                if seconds < best_seconds:
-                    best, best_seconds = near, seconds
+            near = self._nearest(task)
+            if near is not None and near[1] < best_seconds:
+                best = near[0]
         if best is not None and not self._worthwhile(task, best):
             return None
         return best
@@ -440,15 +262,6 @@ class Dispatcher:
             return best
         best.worker.held_for = task
         return None
-
-    def _let_go(self, task: Task) -> None:
-        """Give a worker back that was held for a task."""
-        for worker in self.workers.values():
-            if worker.held_for is task:
-                worker.held_for = None
-                self.open(worker)
-        for queue in self._alone:
-            self.wake(queue.model)
 
     def _transfer_seconds(self, task: Task, worker: Worker) -> float:
         if not task.dependencies:

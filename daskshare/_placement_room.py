@@ -40,6 +40,9 @@ class Rooms:
             return False
         if worker.intent is not None and worker.intent is not model:
             return False
+        copy = worker.copy_of(model.key)
+        if copy is not None and copy.state in ("draining", "unloading"):
+            return False
         failure = worker.device.failures.get(model.key)
         if failure is not None and failure.retry_seconds > now_seconds:
             return False
@@ -148,18 +151,18 @@ class Rooms:
         """Load a model as soon as its victims are gone; at once when there are none."""
         worker.intent = model
         for victim in victims:
-            self.drain(victim, reason)
+            self.drain(victim, reason, for_good=False)
         self.freed[worker] = None
 
-    def drain(self, replica: Replica, reason: str) -> None:
+    def drain(self, replica: Replica, reason: str, *, for_good: bool = True) -> None:
         """Hand a model in a process no more tasks, and unload it after those that it has."""
         for peer in replica.worker.peers.values():
             if replica.model.key in peer.replicas:
-                self._drain(peer.replicas[replica.model.key], reason)
+                self._drain(peer.replicas[replica.model.key], reason, for_good)
 
-    def _drain(self, replica: Replica, reason: str) -> None:
+    def _drain(self, replica: Replica, reason: str, for_good: bool) -> None:
+        replica.condemned = for_good or replica.state == "loading"
         if replica.state == "loading":
-            replica.condemned = True
             replica.reason = reason
         elif replica.state == "ready":
             self.books.make_unavailable(replica)
@@ -180,6 +183,8 @@ class Rooms:
                 if (copy := peer.replicas.get(replica.model.key)) is not None
             ]
             if any(copy.in_flight or copy.state == "loading" for copy in copies):
+                if replica.state == "draining":
+                    self.books.drained.append(replica)
                 continue
             for copy in copies:
                 if copy.state == "draining":
@@ -211,13 +216,14 @@ class Rooms:
         worker.intent = None
         for sibling in worker.device.workers.values():
             for replica in sibling.replicas.values():
-                if replica.state == "draining" and replica.in_flight and not replica.condemned:
+                if replica.state == "draining" and not replica.condemned:
                     self.make_ready(replica, now_seconds)
 
     def make_ready(self, replica: Replica, now_seconds: float) -> None:
         """Put a loaded replica into service."""
         replica.worker.num_loading -= replica.state == "loading"
         replica.state = "ready"
+        replica.condemned = False
         replica.reason = ""
         replica.since_seconds = now_seconds
         replica.last_used_seconds = now_seconds
