@@ -238,7 +238,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
-        # The handlers stay and answer with an error: a call without a handler gets no answer at all.
+        # The handlers stay, to answer with an error: without one, a call is never answered.
         self._reporter.shutdown(wait=False, cancel_futures=True)
         if worker.status in (Status.closing, Status.closed, Status.failed):
             return self._close()
