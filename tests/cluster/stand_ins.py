@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ def where(model: SharedModel, value: float = 1.0) -> str:
 
 def double(model: SharedModel, value: float) -> float:
     return float(model(frames(value))[0, 0])
+
+
+def double_slowly(model: SharedModel, value: float) -> float:
+    """Take long enough that a worker's death finds something."""
+    time.sleep(0.02)
+    return double(model, value)
 
 
 def die(model: SharedModel, value: float) -> None:

@@ -34,7 +34,13 @@ MODEL = fake("long-lived")
 @pytest.fixture(scope="module")
 def cluster(importable_by_subprocesses):
     with (
-        dask.config.set({"distributed.scheduler.validate": True}),
+        dask.config.set(
+            {
+                "distributed.scheduler.validate": True,
+                # A local cluster gives up a worker that dies twice in this time.
+                "distributed.deploy.lost-worker-timeout": "1h",
+            }
+        ),
         start(n_workers=2, threads_per_worker=2) as cluster,
         Client(cluster, set_as_default=False) as client,
         no_hook_fails(),
