@@ -37,8 +37,9 @@ def measure(client: Client, model: SharedModel, num_tasks: int) -> dict[str, flo
     """Run tasks through a cluster; microseconds a task."""
     before_seconds = client.run_on_scheduler(event_loop_seconds)
     begin_seconds = time.perf_counter()
-    futures = client.map(carry, [model] * num_tasks, range(num_tasks), pure=False)
-    wait(futures)
+    with client.as_current():
+        futures = client.map(carry, [model] * num_tasks, range(num_tasks), pure=False)
+        wait(futures)
     seconds = time.perf_counter() - begin_seconds
     loop_seconds = client.run_on_scheduler(event_loop_seconds) - before_seconds
     del futures
