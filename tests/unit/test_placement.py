@@ -137,6 +137,18 @@ def test_the_users_workers_are_honoured():
     assert world.at["elsewhere"] == "x"
 
 
+@pytest.mark.parametrize("restriction", [{"workers": ["a"]}, {"resources": {"R": 1}}])
+def test_restricted_tasks_start_at_once_when_their_slot_comes_free(restriction):
+    world = World()
+    world.gpu("a", slots=1, resources={"R": 2})
+    world.model("m")
+    for n in range(3):
+        world.task(n, **restriction)
+    assert tasks_of(world.step()) == [0, 1]
+    world.finish(0)
+    assert tasks_of(world.step()) == [2]
+
+
 def test_resources_are_reserved():
     world = World()
     world.gpu("a", slots=8)
