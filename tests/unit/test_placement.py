@@ -246,6 +246,17 @@ def test_a_task_that_must_run_alone_gets_a_worker_emptied():
     assert tasks_of(world.step()) == [3, 4, 5]
 
 
+def test_a_task_that_must_run_alone_starts_as_soon_as_its_model_is_there():
+    world = World()
+    world.gpu("a", slots=2)
+    world.model("m")
+    world.task("suspect", alone=True)
+    world.task("other")
+    assert len(tasks_of(world.step())) == 1
+    world.finish(*world.at)
+    assert len(tasks_of(world.step())) == 1
+
+
 def test_forgetting_a_suspect_gives_its_worker_back():
     world = World()
     world.gpu("a", slots=1)
