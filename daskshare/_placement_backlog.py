@@ -114,7 +114,7 @@ class Backlog:
         for here_seconds, _, _, worker in candidates:
             if not order:
                 break
-            tried = []
+            tried: list[tuple[float, str, Model]] = []
             while order and len(tried) < 4:
                 seconds, _, model = order[0]
                 load_seconds = model.expected_load_seconds()

@@ -126,8 +126,8 @@ class Dispatcher(Books):
             best = queue.head_at(worker.address)
             if best is not None and not self._worthwhile(best, replica):
                 best = None
-        if len(model.queues) > 1:
-            by_worker = model.queues_by_worker
+        by_worker = model.queues_by_worker
+        if by_worker:
             named, anywhere = by_worker.get(worker.address, ()), by_worker.get(ANYWHERE, ())
             for queue in (*named, *anywhere):
                 if not queue.num_waiting or not worker.has(queue.signature.resources):

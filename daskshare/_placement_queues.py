@@ -139,6 +139,7 @@ class Books:
         rate = self.speeds.estimate(worker.device, model)
         self._classify(replica, rate)
         self.open(worker)
+        self.wake(model)
 
     def make_unavailable(self, replica: Replica) -> None:
         """Hand no more tasks to a replica."""

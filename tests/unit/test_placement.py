@@ -137,6 +137,18 @@ def test_the_users_workers_are_honoured():
     assert world.at["elsewhere"] == "x"
 
 
+@pytest.mark.parametrize("restriction", [{"workers": ["a"]}, {"resources": {"R": 1}}])
+def test_restricted_tasks_start_at_once_when_their_slot_comes_free(restriction):
+    world = World()
+    world.gpu("a", slots=1, resources={"R": 2})
+    world.model("m")
+    for n in range(3):
+        world.task(n, **restriction)
+    assert tasks_of(world.step()) == [0, 1]
+    world.finish(0)
+    assert tasks_of(world.step()) == [2]
+
+
 def test_resources_are_reserved():
     world = World()
     world.gpu("a", slots=8)
@@ -232,6 +244,17 @@ def test_a_task_that_must_run_alone_gets_a_worker_emptied():
     assert world.step(5.0) == []
     world.finish("suspect")
     assert tasks_of(world.step()) == [3, 4, 5]
+
+
+def test_a_task_that_must_run_alone_starts_as_soon_as_its_model_is_there():
+    world = World()
+    world.gpu("a", slots=2)
+    world.model("m")
+    world.task("suspect", alone=True)
+    world.task("other")
+    assert len(tasks_of(world.step())) == 1
+    world.finish(*world.at)
+    assert len(tasks_of(world.step())) == 1
 
 
 def test_forgetting_a_suspect_gives_its_worker_back():

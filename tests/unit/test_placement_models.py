@@ -172,6 +172,26 @@ def test_a_flood_of_one_model_does_not_hold_up_another():
     assert len(order) <= 11
 
 
+def test_time_without_work_gives_no_right_to_catch_up():
+    world = World()
+    world.gpu("w", slots=8)
+    world.model("old")
+    world.model("new")
+    world.task("first", "new", frames=100)
+    world.step()
+    world.finish("first")
+    for n in range(100):
+        world.task(n, "old", frames=100)
+        world.step()
+        world.finish(n)
+    world.step()
+    for n in range(9):
+        world.task(("new", n), "new", frames=100)
+        world.task(("old", n), "old", frames=100)
+    got = Counter(key[0] for key in tasks_of(world.step()))
+    assert sorted(got.values()) == [4, 5]
+
+
 def test_weights_are_shares():
     world = World()
     world.gpu("w", slots=4)
@@ -225,6 +245,45 @@ def test_pinned_models_stay_where_they_are_pinned():
     world.pool.pin_model("a", [], now_seconds=world.now)
     world.step(1000.0)
     assert world.pool.snapshot()["models"]["a"]["replicas"] == {"ready": 1}
+
+
+@pytest.mark.parametrize("wish", ["pin", "replicas"])
+def test_what_the_user_wants_to_stay_is_never_evicted(wish):
+    world = World()
+    world.gpu("w", budget_bytes=10)
+    world.model("a", 10)
+    world.model("b", 10)
+    if wish == "pin":
+        world.pool.pin_model("a", ["GPU-w"], now_seconds=0.0)
+    else:
+        world.pool.request_replicas("a", 1, now_seconds=0.0)
+    world.step()
+    world.task("t", "b")
+    for _ in range(20):
+        assert world.step(100.0) == []
+    assert world.models_on("w") == {"a": "ready"}
+    world.pool.pin_model("a", (), now_seconds=world.now)
+    world.pool.request_replicas("a", None, now_seconds=world.now)
+    world.step(1.0)
+    assert world.at == {"t": "w"}
+
+
+def test_a_sibling_in_the_process_does_not_load_what_is_leaving():
+    world = World(instant=False)
+    world.gpu("w0", uuid="GPU-0", process="p", slots=1)
+    world.model("m")
+    world.task("t", workers=["w0"])
+    world.step()
+    world.loaded("w0")
+    world.step()
+    world.pool.unload_model("m", now_seconds=0.0)
+    world.gpu("w1", uuid="GPU-0", process="p", slots=1)
+    world.task("u", workers=["w1"])
+    assert world.step(1.0) == []
+    world.finish("t")
+    assert [type(d) for d in world.step(1.0)] == [Unload]
+    world.pool.unload_finished("w0", "m", now_seconds=world.now)
+    assert loads(world.step(1.0)) == [("w1", "m")]
 
 
 def test_pinning_to_absent_devices_waits_for_them():
@@ -424,6 +483,23 @@ def test_a_model_that_loads_nowhere_fails_its_tasks_with_the_reason():
     world.now = 60.0
     world.task("later")
     assert [type(d) for d in world.step()] == [Load]
+
+
+def test_a_failure_before_a_later_success_is_history():
+    world = World(instant=False, load_backoff_seconds=5.0)
+    for n in range(2):
+        world.gpu(f"w{n}")
+    world.model("m")
+    world.task("t")
+    (first,) = world.step()
+    world.pool.load_failed(first.worker, "m", reason="no memory", now_seconds=0.0)
+    (second,) = world.step()
+    world.loaded(second.worker)
+    world.step()
+    world.pool.remove_worker(second.worker, now_seconds=1.0)
+    assert world.step(1.0) == []
+    assert "the next attempt is in 4 s" in world.pool.why("t")
+    assert [type(d) for d in world.step(5.0)] == [Load]
 
 
 def test_attempts_are_bounded_on_many_devices():
