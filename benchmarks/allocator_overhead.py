@@ -81,7 +81,7 @@ def main() -> int:
             stack.enter_context(cluster)
             clients[name] = stack.enter_context(Client(cluster, set_as_default=False))
         daskshare.install(clients["daskshare"])
-        daskshare.load(clients["daskshare"], model, replicas=1)
+        daskshare.load(clients["daskshare"], model, replicas=arguments.workers)
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in clients}
         for name, client in clients.items():
             measure(client, model, WARM_UP_TASKS)

@@ -149,12 +149,34 @@ class Requests:
 
     async def why(self, key: Key) -> str:
         """Answer why a task waits, or runs where it runs; see :func:`daskshare.why`."""
-        return self._allocator.why(key)
-
-    async def decisions(self) -> dict[str, dict[str, Any]]:
-        """Return what was decided of late about each worker, by address."""
         allocator = self._allocator
-        return {address: allocator.placement_of(address) for address in allocator.workers}
+        ts = allocator.scheduler.tasks.get(key)
+        if ts is None:
+            return f"The scheduler knows no task {key!r}."
+        if key in allocator.pool:
+            return allocator.pool.why(key)
+        if ts.state == "waiting":
+            missing = len(ts.waiting_on or ())
+            return f"Task {key!r} waits for {missing} tasks whose results it needs."
+        if not allocator.holds(key):
+            return f"Task {key!r} is {ts.state}; it has no model, so Dask decides where it runs."
+        where = f" on {ts.processing_on.address}" if ts.processing_on else ""
+        return f"Task {key!r} is {ts.state}{where}."
+
+    async def placement(self) -> dict[str, dict[str, Any]]:
+        """Describe each worker as the allocator sees it; part of :func:`daskshare.stats`.
+
+        Returns
+        -------
+        dict
+            By worker address: ``failure``, why it runs no models, or ""; and ``decisions``, the
+            last about it, oldest first.
+        """
+        workers, journal = self._allocator.workers, self._allocator.journal
+        return {
+            address: {"failure": workers.failure(address), "decisions": journal.about(address)}
+            for address in workers
+        }
 
     def _device(self, name: str) -> str:
         workers = self._allocator.workers

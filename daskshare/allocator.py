@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from distributed.metrics import monotonic
 from distributed.protocol.pickle import dumps
 
 from daskshare._allocator_holding import HeldTask, dependency_bytes
+from daskshare._allocator_journal import Journal
 from daskshare._allocator_models import KnownModel, ModelLoader
 from daskshare._allocator_recognise import ModelFinder, annotated_model
 from daskshare._allocator_workers import News, WorkerBook
-from daskshare.placement import Decision, Dispatch, Fail, GpuPool, Load, PlacementOptions, Unload
+from daskshare.placement import Decision, Dispatch, Fail, GpuPool, PlacementOptions
 from daskshare.worker_plugin import PLUGIN_NAME
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ __all__ = ["Allocator"]
 logger = logging.getLogger("daskshare.scheduler")
 
 _TICK_SECONDS = 1.0
-#: Decisions that the statistics keep for each worker.
-_KEPT_DECISIONS = 32
 
 
 class Allocator:
@@ -62,7 +60,7 @@ class Allocator:
     """
 
     def __init__(self, scheduler: Scheduler, options: AllocatorOptions) -> None:
-        self._scheduler = scheduler
+        self.scheduler = self._scheduler = scheduler
         self._options = options
         self._loop = asyncio.get_running_loop()
         self.pool = GpuPool(PlacementOptions(mode=options.placement, load_backoff_seconds=2.0))
@@ -76,7 +74,7 @@ class Allocator:
         #: Tasks that no worker can serve; see _hand_over.
         self._hopeless: list[Key] = []
         self._deaths: dict[str, list[HeldTask]] = {}
-        self._recent: dict[str, deque[Dispatch | Load | Unload]] = {}
+        self.journal = Journal(scheduler)
         self._needs_gpu = self._models_need_gpu()
         self._kicked = self._closed = False
         self._wake: asyncio.TimerHandle | None = None
@@ -124,21 +122,23 @@ class Allocator:
         if ts.state in ("released", "waiting", "queued", "no-worker"):
             held.hold(ts)
 
-    def transition(self, key: Key, start: str, finish: str) -> None:
+    def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Follow a held task through Dask's states."""
+        # Called for each step of each task, so the common cases come first.
+        if finish == "processing":
+            return
         held = self._held.get(key)
         if held is None:
             return
-        ts = self._scheduler.tasks[key]
         if start == "processing":
-            self._left(held, ts, finish)
-        elif start == "no-worker" and finish != "processing":
-            self.pool.forget_task(key, now_seconds=time.monotonic())
-        if finish == "waiting":
-            held.hold(ts)
+            self._left(held, self._scheduler.tasks[key], finish)
         elif finish == "no-worker":
-            self._ready(held, ts)
-        elif finish == "forgotten":
+            self._ready(held, self._scheduler.tasks[key])
+        elif finish == "waiting":
+            held.hold(self._scheduler.tasks[key])
+        elif start == "no-worker":
+            self.pool.forget_task(key, now_seconds=time.monotonic())
+        if finish == "forgotten":
             del self._held[key]
             self._changing.discard(key)
 
@@ -192,7 +192,7 @@ class Allocator:
                 if held.alone and not was_alone:
                     self._renew(held)
         self.workers.remove(address)
-        self._recent.pop(address, None)
+        self.journal.forget(address)
         self._workers_changed()
 
     def log_event(self, topic: str, message: Any) -> None:
@@ -223,6 +223,10 @@ class Allocator:
         self._hopeless.clear()
         self._changing.clear()
         self._deaths.clear()
+
+    def holds(self, key: Key) -> bool:
+        """Whether a task is one of those that need a model."""
+        return key in self._held
 
     def busy_workers(self) -> set[str]:
         """Addresses of workers that run tasks with models or load one."""
@@ -336,7 +340,7 @@ class Allocator:
         # Last, because Dask drops what only a failed task's successors wanted.
         for fail in failed:
             self._fail(fail, stimulus)
-        self._tell(decisions)
+        self.journal.write(decisions)
 
     def _refused(self, held: HeldTask, ts: TaskState) -> None:
         """Dask did not want a task there: the worker was paused in between."""
@@ -396,65 +400,6 @@ class Allocator:
         for ts in held:
             del scheduler.unrunnable[ts]
             scheduler.unrunnable[ts] = monotonic()
-
-    # -- telling --
-
-    def _tell(self, decisions: list[Decision]) -> None:
-        told = []
-        for decision in decisions:
-            told.append(_describe(decision))
-            if isinstance(decision, Fail):
-                continue
-            recent = self._recent.get(decision.worker)
-            if recent is None:
-                recent = self._recent[decision.worker] = deque(maxlen=_KEPT_DECISIONS)
-            recent.append(decision)
-        self._scheduler.log_event(PLUGIN_NAME, {"action": "decided", "decisions": told})
-
-    def placement_of(self, worker: str) -> dict[str, Any]:
-        """Describe a worker as the allocator sees it.
-
-        Returns
-        -------
-        dict
-            ``failure``: why it runs no models, or ""; ``decisions``: the last about it, oldest
-            first; see :func:`_describe`.
-        """
-        return {
-            "failure": self.workers.failure(worker),
-            "decisions": [_describe(decision) for decision in self._recent.get(worker, ())],
-        }
-
-    def why(self, key: Key) -> str:
-        """Answer in one sentence why a task waits, or runs where it runs."""
-        ts = self._scheduler.tasks.get(key)
-        if ts is None:
-            return f"The scheduler knows no task {key!r}."
-        if key in self.pool:
-            return self.pool.why(key)
-        if ts.state == "waiting":
-            missing = len(ts.waiting_on or ())
-            return f"Task {key!r} waits for {missing} tasks whose results it needs."
-        if key not in self._held:
-            return (
-                f"Task {key!r} is {ts.state}; it carries no model, so Dask decides where it runs."
-            )
-        where = f" on {ts.processing_on.address}" if ts.processing_on else ""
-        return f"Task {key!r} is {ts.state}{where}."
-
-
-def _describe(decision: Decision) -> dict[str, Any]:
-    """A decision as plain data: ``kind``, ``worker``, ``model`` (its key), ``task``, ``reason``."""
-    described: dict[str, Any] = {
-        "kind": type(decision).__name__.lower(),
-        "model": decision.model_key,
-        "reason": decision.reason,
-    }
-    if not isinstance(decision, Fail):
-        described["worker"] = decision.worker
-    if isinstance(decision, (Dispatch, Fail)):
-        described["task"] = decision.task
-    return described
 
 
 def _stimulus(what: str) -> str:

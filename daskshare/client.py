@@ -561,17 +561,17 @@ def stats(client: Client) -> Any:
 async def _stats(client: Client) -> dict[str, dict[str, Any]]:
     answers = await client.run(worker_report_async, on_error="return")
     try:
-        decisions = await _ask(client, "decisions")
+        placement = await _ask(client, "placement")
     except (ConfigurationError, ImportError):
         # Only the workers have a plugin.
-        decisions = {}
+        placement = {}
     return {
         address: (
             {"state": "failed", "reason": f"{type(answer).__name__}: {answer}", "models": {}}
             if isinstance(answer, Exception)
             else answer
         )
-        | {"placement": decisions.get(address, {"failure": "", "decisions": []})}
+        | {"placement": placement.get(address, {"failure": "", "decisions": []})}
         for address, answer in answers.items()
     }
 

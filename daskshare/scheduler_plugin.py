@@ -55,6 +55,8 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         if options.enabled:
             self.allocator = Allocator(scheduler, options)
             self.allocator.attach()
+            # Called most of all hooks: without a step in between.
+            self.transition = self.allocator.transition  # type: ignore[method-assign]
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
 
@@ -110,11 +112,6 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         """Look for tasks that need a model."""
         if self.allocator is not None:
             self.allocator.update_graph(tasks)
-
-    def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Follow tasks that need a model."""
-        if self.allocator is not None:
-            self.allocator.transition(key, start, finish)
 
     def restart(self, scheduler: Scheduler) -> None:
         """Forget all tasks."""
