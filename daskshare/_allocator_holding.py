@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Status
 
+from daskshare._allocator_recognise import known_frames
+
 if TYPE_CHECKING:
     from dask.typing import Key
     from distributed import Scheduler
@@ -32,6 +34,8 @@ class HeldTask:
 
     Attributes
     ----------
+    frames : int or None
+        Of the video that it was given.
     worker : str or None
         Address to which it was sent, while it is processing there.
     alone : bool
@@ -44,6 +48,7 @@ class HeldTask:
         "_workers",
         "alone",
         "deaths",
+        "frames",
         "key",
         "model_key",
         "suspicious",
@@ -56,6 +61,7 @@ class HeldTask:
         self.worker: str | None = None
         self.alone = False
         self.deaths = 0
+        self.frames = known_frames(ts.run_spec)
         self.suspicious = ts.suspicious
         self._workers: set[str] | None = ts.worker_restrictions or None
         self._hosts: set[str] | None = ts.host_restrictions or None

@@ -15,7 +15,7 @@ from typing import Any
 
 from dask._task_spec import Alias, DataNode, Task, TaskRef
 
-__all__ = ["ModelFinder", "annotated_model"]
+__all__ = ["ModelFinder", "annotated_model", "known_frames"]
 
 #: Deeper nesting than any program has; a structure that contains itself ends here.
 _MAX_DEPTH = 40
@@ -178,3 +178,18 @@ def annotated_model(value: Any) -> tuple[str | None, Any | None]:
     if getattr(type(value), "__daskshare_model__", False):
         return value.key, value
     return None, None
+
+
+def known_frames(run_spec: Any) -> int | None:
+    """Frames of the video that a task was given; None when it has none, or they are not known.
+
+    Counts arguments of classes with ``num_frames``, as a
+    :class:`~daskshare.video.chunk.VideoChunk` has.
+    """
+    if type(run_spec) is not Task:
+        return None
+    found = 0
+    for argument in run_spec.args:
+        if hasattr(type(argument), "num_frames"):
+            found += argument.num_frames
+    return found or None

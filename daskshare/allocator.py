@@ -36,6 +36,8 @@ __all__ = ["Allocator"]
 logger = logging.getLogger("daskshare.scheduler")
 
 _TICK_SECONDS = 1.0
+#: After a model loaded nowhere, until its next task tries again: a wrong path is soon put right.
+_RETRY_SECONDS = 5.0
 
 
 class Allocator:
@@ -63,7 +65,9 @@ class Allocator:
         self.scheduler = self._scheduler = scheduler
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self.pool = GpuPool(PlacementOptions(mode=options.placement, load_backoff_seconds=2.0))
+        self.pool = GpuPool(
+            PlacementOptions(mode=options.placement, retry_failed_seconds=_RETRY_SECONDS)
+        )
         self.workers = WorkerBook(self.pool, start_timeout_seconds=options.start_timeout_seconds)
         self.loader = ModelLoader(
             scheduler, self.pool, self.kick, load_timeout_seconds=options.load_timeout_seconds
@@ -167,6 +171,7 @@ class Allocator:
             held.key,
             held.model_key,
             priority=ts.priority,
+            frames=held.frames,
             workers=allowed,
             resources=ts.resource_restrictions or None,
             dependency_bytes=dependency_bytes(ts),
