@@ -10,6 +10,7 @@ import pytest
 from distributed import Client, KilledWorker, wait
 
 import daskshare
+from daskshare.errors import ModelLoadError
 from daskshare.worker_plugin import DaskshareWorkerPlugin
 from tests.cluster.conftest import TIMEOUT, start
 from tests.cluster.stand_ins import (
@@ -128,6 +129,26 @@ def test_retired_workers_hand_their_tasks_over(client, cluster):
     cluster.scale(2)
     client.wait_for_workers(2, timeout=TIMEOUT)
     until(lambda: len(books(client)["workers"]) == 2, client)
+
+
+def test_two_workers_on_one_device_share_its_budget(importable_by_subprocesses):
+    with (
+        dask.config.set({"distributed.scheduler.validate": True}),
+        start(n_workers=2, threads_per_worker=2) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        no_hook_fails(),
+    ):
+        start_stand_ins(client, {0: "MIG-7", 1: "MIG-7"}, total_bytes=1000)
+        # Of 800 bytes for models two copies take 600, and a third model of 300 has to wait.
+        one, two = fake("one", model_bytes=300), fake("two", model_bytes=300)
+        assert len(daskshare.load(client, one, replicas=2)) == 2
+        [(uuid, device)] = books(client)["devices"].items()
+        assert (uuid, device["used_bytes"], device["budget_bytes"]) == ("MIG-7", 600, 800)
+        with pytest.raises(ModelLoadError, match="ready on 0 workers"):
+            daskshare.load(client, two, timeout_seconds=0.5)
+        daskshare.unload(client, one)
+        assert len(daskshare.load(client, two)) == 1
+        assert books(client)["devices"]["MIG-7"]["used_bytes"] == 300
 
 
 def test_an_adaptive_cluster_grows_for_held_tasks_and_shrinks_after_them():
