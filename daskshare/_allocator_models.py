@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["KnownModel", "ModelLoader"]
 
 logger = logging.getLogger("daskshare.scheduler")
+
+#: How long a worker that broke off a call may take to be missed by Dask.
+_GRACE_SECONDS = 10.0
 
 
 class KnownModel:
@@ -189,8 +193,23 @@ class ModelLoader:
                 answer: dict[str, Any] = await call(**arguments)
         except TimeoutError:
             reason = f"no answer within {self._load_timeout_seconds:g} s"
+            return {"status": "error", "reason": reason}
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+            if not isinstance(error, OSError):
+                return {"status": "error", "reason": reason}
+            answer = {"status": "leaving", "reason": reason}
         else:
-            return answer
+            if answer["status"] != "leaving":
+                return answer
+            reason = answer["reason"]
+        # A worker that dies is no fault of the model; Dask will say so in a moment.
+        await self._gone(worker)
         return {"status": "error", "reason": reason}
+
+    async def _gone(self, worker: str) -> None:
+        state = self._scheduler.workers.get(worker)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE_SECONDS):
+                while state is not None and self._scheduler.workers.get(worker) is state:
+                    await self.changed()

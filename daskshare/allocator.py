@@ -199,6 +199,7 @@ class Allocator:
         self.workers.remove(address)
         self.journal.forget(address)
         self._workers_changed()
+        self.loader.notify()
 
     def log_event(self, topic: str, message: Any) -> None:
         """Take in what a worker says at once, or Dask of a worker's status."""

@@ -16,7 +16,12 @@ from distributed import Status, Worker, WorkerPlugin, get_worker
 from distributed.protocol.pickle import dumps, loads
 
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
-from daskshare.errors import DaskshareError, ModelLoadError, NotOnWorkerError
+from daskshare.errors import (
+    DaskshareError,
+    EngineClosedError,
+    ModelLoadError,
+    NotOnWorkerError,
+)
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
@@ -291,7 +296,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         -------
         dict
             ``status`` "OK" and ``model_bytes``; or "error", ``reason``, and the pickled
-            ``exception``.
+            ``exception``; or "leaving" when the worker ends or lost the plugin.
 
         Notes
         -----
@@ -323,6 +328,8 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, ModelLoadError):
             reason = getattr(error, "reason", "") or reason
+        if isinstance(error, (EngineClosedError, NotOnWorkerError)):
+            return {"status": "leaving", "reason": reason}
         self._log_event({"action": action, "reason": reason})
         # Others than daskshare's own may not survive pickling.
         exception = dumps(error) if isinstance(error, DaskshareError) else None
