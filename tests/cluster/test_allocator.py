@@ -370,6 +370,22 @@ def outer(model, value):
         return inner.result(TIMEOUT)
 
 
+def test_priorities_order_the_tasks_of_a_model(client, addresses):
+    model = fake("urgent")
+    bound = {"workers": [addresses[0]], "pure": False}
+    gates = client.map(wait_at_gate, [model] * 3, gate="priorities", **bound)
+    until(lambda: books(client)["workers"][addresses[0]]["in_flight"] == 3, client)
+    low = client.map(where, [model] * 3, priority=-5, **bound)
+    until(lambda: books(client)["in_pool"] == 6, client)
+    high = client.map(where, [model] * 3, priority=5, **bound)
+    until(lambda: books(client)["in_pool"] == 9, client)
+    client.run(open_gate, "priorities")
+    client.gather(gates + low + high)
+    sent = [d["task"] for d in decisions(client, model)]
+    assert set(sent[3:6]) == {f.key for f in high}
+    assert set(sent[6:]) == {f.key for f in low}
+
+
 def test_a_paused_worker_gets_nothing_until_it_goes_on(client, addresses):
     model = fake("pausing")
     daskshare.load(client, model, replicas=2)

@@ -207,6 +207,37 @@ def processing(client):
     return client.run_on_scheduler(count)
 
 
+def test_resources_of_tasks_are_kept():
+    with (
+        dask.config.set({"distributed.scheduler.validate": True}),
+        start(n_workers=1, processes=False, resources={"licence": 2}) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        no_hook_fails(),
+    ):
+        daskshare.install(client)
+        futures = client.map(
+            count_together, [MODEL] * 12, range(12), resources={"licence": 1}, pure=False
+        )
+        assert max(client.gather(futures)) <= 2
+        never = client.submit(double, MODEL, 1.0, resources={"licence": 3})
+        until(lambda: books(client)["in_pool"] == 1, client)
+        assert "resource" in daskshare.why(client, never) or "licence" in daskshare.why(
+            client, never
+        )
+
+
+_running: list[float] = []
+
+
+def count_together(model, value):
+    _running.append(value)
+    try:
+        double(model, value)
+        return len(_running)
+    finally:
+        _running.remove(value)
+
+
 def test_cpu_workers_take_models_only_when_they_may(importable_by_subprocesses):
     with (
         dask.config.set({"daskshare.allocator.cpu-execution": False}),
