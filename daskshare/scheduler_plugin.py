@@ -9,6 +9,8 @@ from typing import Any
 from distributed import Scheduler, SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
+from daskshare.dashboard.feed import Feed
+from daskshare.dashboard.install import install_dashboard
 from daskshare.errors import ConfigurationError
 from daskshare.worker_plugin import PLUGIN_NAME, DaskshareWorkerPlugin
 
@@ -43,6 +45,7 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
+        install_dashboard(scheduler, Feed(scheduler))
 
     async def install_workers(self) -> None:
         """Put the worker plugin on all present and future workers, once.

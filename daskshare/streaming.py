@@ -155,17 +155,23 @@ class InferenceStream:
     def _infer(self, frames: FrameStream) -> Iterator[tuple[FrameBatch, Any]]:
         program = self._lease.program
         waiting: deque[tuple[FrameBatch, Any, Future[Any]]] = deque()
+        decoding = self._lease.decoding()
         try:
+            decoding.set(True)
             for batch in frames:
+                decoding.set(False)
                 while len(waiting) >= self._options.requests_in_flight:
                     yield self._next(waiting)
                 prepared = program.prepare(batch.frames)
                 future = self._lease.submit(prepared, task=self._task)
                 waiting.append((batch, prepared.context, future))
                 del batch, prepared
+                decoding.set(True)
+            decoding.set(False)
             while waiting:
                 yield self._next(waiting)
         finally:
+            decoding.set(False)
             # The engine may still be reading frames that live in the decoder's own surfaces.
             concurrent.futures.wait([f for _, _, f in waiting if not f.cancel()])
 

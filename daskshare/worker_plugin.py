@@ -6,11 +6,14 @@ import asyncio
 import json
 import logging
 import threading
+import time
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
 
+from daskshare._worker_rates import RecentRates
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
 from daskshare.errors import NotOnWorkerError
 from daskshare.streaming import stream_counts
@@ -48,11 +51,15 @@ class _ProcessShare:
         self._lock = threading.Lock()
         self._owners: set[object] = set()
         self._build: Future[ModelShare] | None = None
+        self._rates = RecentRates()
+        #: By this, workers of one process are known to share one copy.
+        self.id = ""
 
     def acquire(self, owner: object, *, task_threads: int) -> Future[ModelShare]:
         with self._lock:
             self._owners.add(owner)
             if self._build is None:
+                self.id = uuid.uuid4().hex
                 self._build = _in_thread("daskshare-build", _build_share, task_threads)
             return self._build
 
@@ -68,6 +75,10 @@ class _ProcessShare:
     def current(self) -> Future[ModelShare] | None:
         with self._lock:
             return self._build
+
+    def recent(self, report: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            return self._rates.recent(time.monotonic(), report)
 
 
 _process_share = _ProcessShare()
@@ -173,14 +184,17 @@ def worker_report() -> dict[str, Any]:
     dict
         ``state`` ("absent", "starting", "ready", "failed"), ``reason`` of a failure, ``chunks``
         (see :func:`daskshare.streaming.stream_counts`), ``models`` and totals over them
-        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), and what else
-        ``ModelShare.report`` gives.
+        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), what else
+        ``ModelShare.report`` gives, ``recent`` (see
+        :meth:`daskshare._worker_rates.RecentRates.recent`), and ``share``, which is the same for
+        workers that share one copy of each model.
 
     Notes
     -----
     May wait for the share's locks: not for an event loop.
     """
     report: dict[str, Any] = {"state": "starting", "reason": "", "models": {}}
+    report["share"] = _process_share.id
     build = _process_share.current()
     if build is None:
         report["state"] = "absent"
@@ -188,6 +202,7 @@ def worker_report() -> dict[str, Any]:
         error = build.exception()
         if error is None:
             report |= {"state": "ready", **build.result().report()}
+            report["recent"] = _process_share.recent(report)
         else:
             report |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
     models = list(report["models"].values())

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 FLOORS: list[list[str]] = [
     ["errors", "sizeof"],
     ["config"],
-    ["batching", "placement", "chunking"],
+    ["batching", "placement", "chunking", "timesplit"],
     ["device"],
     ["models.spec"],
     ["kernels", "kernels.*"],
@@ -24,14 +24,14 @@ FLOORS: list[list[str]] = [
     ["share", "_share_*"],
     ["host", "_host_*"],
     ["streaming"],
-    ["worker_plugin"],
+    ["dashboard", "dashboard.*"],
+    ["worker_plugin", "_worker_*"],
     ["scheduler_plugin"],
     ["client"],
     ["cluster"],
     ["video", "video.*"],
     ["results", "results.*"],
     ["spark", "spark.*"],
-    ["dashboard", "dashboard.*"],
     ["testing"],
     ["cli", "demo", "__main__"],
 ]
@@ -39,7 +39,7 @@ FLOORS: list[list[str]] = [
 #: Programs, which use daskshare as anybody does.
 PROGRAMS = {"cli", "demo", "__main__"}
 
-PURE = ["batching", "placement", "chunking"]
+PURE = ["batching", "placement", "chunking", "timesplit"]
 IMPURE_IMPORTS = {"dask", "distributed", "torch", "threading", "time", "asyncio", "concurrent"}
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from daskshare._engine_activity import Switch
 from daskshare.config import VideoOptions
 from daskshare.models.spec import FrameBatch, Prepared
 from daskshare.streaming import stream, stream_counts
@@ -84,6 +85,9 @@ class Lease:
         self.fail_at = fail_at
         self.requests: list[tuple[Future, np.ndarray, str | None]] = []
         self.submitted = threading.Semaphore(0)
+
+    def decoding(self):
+        return Switch(None, "decoding")
 
     def submit(self, prepared, *, task=None):
         future: Future = Future()

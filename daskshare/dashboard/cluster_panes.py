@@ -1,0 +1,216 @@
+"""Figures about the whole cluster: tiles, throughput, batch sizes, models, queues."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from bokeh.layouts import column
+from bokeh.models import (
+    ColumnDataSource,
+    CustomJSTickFormatter,
+    Div,
+    FactorRange,
+    HoverTool,
+    NumeralTickFormatter,
+    Range1d,
+)
+from bokeh.plotting import figure
+
+from daskshare.dashboard.feed import HISTORY_SECONDS
+from daskshare.dashboard.markup import heading, models_table, tiles
+from daskshare.dashboard.sources import send
+from daskshare.dashboard.theme import Colors
+
+if TYPE_CHECKING:
+    from daskshare.dashboard.feed import Feed
+
+__all__ = ["BatchPane", "ModelsPane", "ThroughputPane", "TilesPane"]
+
+
+class TilesPane:
+    """The row of figures on top."""
+
+    def __init__(self, feed: Feed, colors: Colors) -> None:
+        self._colors = colors
+        self.root = Div(text="", sizing_mode="stretch_both")
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        """Show a snapshot."""
+        self.root.text = tiles(snapshot["totals"], snapshot["gpus"], self._colors)
+
+
+class ModelsPane:
+    """A table with a row a model."""
+
+    def __init__(self, feed: Feed, colors: Colors) -> None:
+        self._colors = colors
+        self._table = Div(text="", sizing_mode="stretch_both")
+        self.root = column(
+            Div(
+                text=heading("Models", (), colors),
+                sizing_mode="stretch_width",
+                height=20,
+            ),
+            self._table,
+            sizing_mode="stretch_both",
+            styles={"overflow-y": "auto"},
+        )
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        """Show a snapshot."""
+        self._table.text = models_table(snapshot["models"], self._colors)
+
+
+class ThroughputPane:
+    """Frames a second over the last minutes, one band a model."""
+
+    def __init__(self, feed: Feed, colors: Colors) -> None:
+        self._feed = feed
+        self._colors = colors
+        # Which model has which band; the last band is all others.
+        self._bands: list[str] = []
+        self._names: dict[str, str] = {}
+        self._fields = [f"band{i}" for i in range(len(colors.series) + 1)]
+        self._source = ColumnDataSource({"ago": [], **{name: [] for name in self._fields}})
+        self._legend = Div(text="", sizing_mode="stretch_width", height=20)
+        self._rate = Range1d(0, 1)
+        fig = figure(
+            tools="",
+            x_range=Range1d(-HISTORY_SECONDS, 0),
+            y_range=self._rate,
+            sizing_mode="stretch_both",
+        )
+        fig.varea_stack(
+            self._fields,
+            x="ago",
+            color=[*colors.series, colors.other_series],
+            alpha=0.85,
+            source=self._source,
+        )
+        fig.xgrid.visible = False
+        fig.yaxis.formatter = NumeralTickFormatter(format="0,0")
+        fig.yaxis.ticker.desired_num_ticks = 4
+        fig.xaxis.formatter = CustomJSTickFormatter(
+            code="return tick == 0 ? 'now' : (tick / 60) + ' min'"
+        )
+        fig.xaxis.ticker = list(range(-int(HISTORY_SECONDS), 1, 60))
+        self.root = column(self._legend, fig, sizing_mode="stretch_both")
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        """Show the history up to a snapshot."""
+        history = list(self._feed.history)
+        self._assign({model["key"]: model["label"] for model in snapshot["models"]}, history)
+        rates = np.zeros((len(self._fields), len(history)), np.float32)
+        place = {key: i for i, key in enumerate(self._bands)}
+        for j, (_, by_key) in enumerate(history):
+            for key, rate in by_key.items():
+                rates[place.get(key, -1), j] += rate
+        ago = np.array([at - snapshot["time"] for at, _ in history], np.float32)
+        send(self._source, {"ago": ago, **dict(zip(self._fields, rates, strict=True))})
+        self._rate.end = max(1.0, 1.08 * float(rates.sum(axis=0).max(initial=0.0)))
+
+    def _assign(self, names: dict[str, str], history: list[tuple[float, dict[str, float]]]) -> None:
+        seen = Counter(key for _, by_key in history for key in by_key)
+        bands = [key if key in seen else "" for key in self._bands]
+        for key, _ in seen.most_common():
+            if key in bands:
+                continue
+            if "" in bands:
+                bands[bands.index("")] = key
+            elif len(bands) < len(self._colors.series):
+                bands.append(key)
+        # A model keeps its colour while it is in sight.
+        self._names = {key: names.get(key, self._names.get(key, key[:8])) for key in seen}
+        self._bands = bands
+        swatches = [
+            (color, self._names[key])
+            for color, key in zip(self._colors.series, bands, strict=False)
+            if key
+        ]
+        others = len(seen) - len(swatches)
+        if others:
+            swatches.append((self._colors.other_series, f"{others} others"))
+        text = heading("Frames/s", swatches, self._colors)
+        if text != self._legend.text:
+            self._legend.text = text
+
+
+class BatchPane:
+    """How full batches are: in the last seconds, and since the start."""
+
+    def __init__(self, feed: Feed, colors: Colors) -> None:
+        self._colors = colors
+        self._source = ColumnDataSource({"size": [], "recent": [], "all": []})
+        self._sizes = FactorRange()
+        self._legend = Div(text="", sizing_mode="stretch_width", height=20)
+        fig = figure(
+            tools="",
+            x_range=self._sizes,
+            y_range=Range1d(0, 1),
+            sizing_mode="stretch_both",
+        )
+        fig.vbar(x="size", top="all", width=0.9, color=colors.past, source=self._source)
+        fig.vbar(
+            x="size", top="recent", width=0.5, color=colors.states["busy"], source=self._source
+        )
+        fig.add_tools(
+            HoverTool(
+                tooltips=[
+                    ("frames in a batch", "@size"),
+                    ("of batches, last seconds", "@recent{0.0%}"),
+                    ("of batches, since the start", "@all{0.0%}"),
+                ],
+                mode="vline",
+            )
+        )
+        fig.xgrid.visible = False
+        fig.yaxis.formatter = NumeralTickFormatter(format="0%")
+        fig.yaxis.ticker = [0, 0.5, 1]
+        self.root = column(self._legend, fig, sizing_mode="stretch_both")
+
+    def update(self, snapshot: dict[str, Any]) -> None:
+        """Show a snapshot."""
+        counts = snapshot["batch_size_counts"]
+        everything, recent = _fractions(counts["all"]), _fractions(counts["recent"])
+        sizes = list(everything)
+        if sizes != self._sizes.factors:
+            self._sizes.factors = sizes
+        send(
+            self._source,
+            {
+                "size": sizes,
+                "recent": np.array([recent.get(size, 0.0) for size in sizes], np.float32),
+                "all": np.array([everything[size] for size in sizes], np.float32),
+            },
+        )
+        swatches = [
+            (self._colors.states["busy"], f"last seconds{_mean(counts['recent'])}"),
+            (self._colors.past, f"since the start{_mean(counts['all'])}"),
+        ]
+        self._legend.text = heading("Frames in a batch", swatches, self._colors)
+
+
+def _fractions(counts: Mapping[str, int]) -> dict[str, float]:
+    """Part of all batches by size: 1, 2, 3-4, 5-8, ... up to the largest."""
+    if not counts:
+        return {}
+    total = sum(counts.values())
+    bins = [0.0] * ((max(map(int, counts)) - 1).bit_length() + 1)
+    for size, count in counts.items():
+        bins[(int(size) - 1).bit_length()] += count / total
+    return {_bin_name(i): fraction for i, fraction in enumerate(bins)}
+
+
+def _bin_name(power: int) -> str:
+    least, most = 2**power // 2 + 1, 2**power
+    return str(most) if least >= most else f"{least}-{most}"
+
+
+def _mean(counts: Mapping[str, int]) -> str:
+    batches = sum(counts.values())
+    if not batches:
+        return ": none"
+    return f": mean {sum(int(size) * count for size, count in counts.items()) / batches:.1f}"

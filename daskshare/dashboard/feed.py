@@ -1,0 +1,77 @@
+"""What pages, JSON route and metrics of a scheduler read, put together once an interval."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from distributed.metrics import time
+
+from daskshare.dashboard.snapshot import take_snapshot
+
+if TYPE_CHECKING:
+    from distributed import Scheduler
+
+__all__ = ["HISTORY_SECONDS", "METRIC", "Feed"]
+
+#: Under which workers' reports ride on heartbeats.
+METRIC = "daskshare"
+#: How far back a page's curves go.
+HISTORY_SECONDS = 300.0
+
+
+class Feed:
+    """The newest snapshot of a cluster, and its throughput in the last minutes.
+
+    Parameters
+    ----------
+    scheduler : distributed.Scheduler
+        Whose workers.
+    held_tasks : callable
+        Gives, by model key, how many tasks wait on the scheduler for a GPU.
+
+    Notes
+    -----
+    Runs on the scheduler's event loop. Nothing runs by itself: while nobody looks it costs
+    nothing, and then the history has a gap.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, held_tasks: Callable[[], Mapping[str, int]] = dict
+    ) -> None:
+        self._scheduler = scheduler
+        self._held_tasks = held_tasks
+        self._snapshot: dict[str, Any] | None = None
+        self._taken_seconds = 0.0
+        #: (wall-clock seconds, frames/s by model key), oldest first.
+        self.history: deque[tuple[float, dict[str, float]]] = deque()
+
+    @property
+    def interval_seconds(self) -> float:
+        """How often new numbers come: as often as workers report."""
+        num_workers = len(self._scheduler.workers)
+        return 1.0 if num_workers < 50 else 2.0 if num_workers < 200 else 5.0
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return :func:`~daskshare.dashboard.snapshot.take_snapshot` of now, or of just now."""
+        now_seconds = time()
+        # Several pages ask in one interval, each with its own timer.
+        fresh = now_seconds - self._taken_seconds < 0.5 * self.interval_seconds
+        if self._snapshot is None or not fresh:
+            self._snapshot = take_snapshot(
+                (
+                    (str(state.name), address, state.metrics.get(METRIC) or {})
+                    for address, state in self._scheduler.workers.items()
+                ),
+                self._held_tasks(),
+            )
+            self._snapshot["time"] = self._taken_seconds = now_seconds
+            self._remember(now_seconds, self._snapshot["models"])
+        return self._snapshot
+
+    def _remember(self, now_seconds: float, models: list[dict[str, Any]]) -> None:
+        rates = {m["key"]: m["frames_per_second"] for m in models if m["frames_per_second"]}
+        self.history.append((now_seconds, rates))
+        while self.history[0][0] < now_seconds - HISTORY_SECONDS:
+            self.history.popleft()
