@@ -18,6 +18,8 @@ import time
 import urllib.request
 from typing import Any
 
+import dask
+
 from benchmarks.report import Report, argument_parser
 from daskshare.timesplit import STATES
 
@@ -77,7 +79,7 @@ class SimulatedWorkers:
                 "key": key,
                 "state": state,
                 "loads": int(here),
-                "leases": 16 // len(self.names) + 1 if here else 0,
+                "leases": 16 // len(self.names) + 1 if rate > 50 else 0,
                 "model_bytes": int((0.12 + 0.02 * i) * GIB) if here else 0,
                 "frames": frames,
                 "batches": sum(counts.values()),
@@ -85,8 +87,8 @@ class SimulatedWorkers:
                 "batch_size_counts": counts,
                 "busy_seconds": frames / 5500,
                 "errors": 0,
-                "peak_leases": 16 // len(self.names) + 1 if here else 0,
-                "load_error": "ModelLoadError: no such file" if 0.002 > chance else "",
+                "peak_leases": 16 // len(self.names) + 2 if here else 0,
+                "load_error": "ModelLoadError: no such file" if chance < 0.002 else "",
                 "rebuilds": 0,
                 "engine": {
                     "frames": frames,
@@ -141,6 +143,12 @@ async def simulated_cluster(num_gpus: int, num_models: int) -> Any:
 
     from daskshare.scheduler_plugin import install_on_scheduler
 
+    # These two of Dask's would miss real workers.
+    quiet = {
+        "distributed.scheduler.active-memory-manager.start": False,
+        "distributed.scheduler.worker-ttl": None,
+    }
+    dask.config.set(quiet)
     async with Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
         await install_on_scheduler(scheduler)
         workers = SimulatedWorkers(num_gpus, num_models)
@@ -150,6 +158,7 @@ async def simulated_cluster(num_gpus: int, num_models: int) -> Any:
                 address=address,
                 status=Status.running,
                 pid=1,
+                scheduler=scheduler,
                 name=f"node{gpu // 8:02d}-gpu{gpu % 8}",
                 nthreads=16,
                 memory_limit=0,
@@ -182,11 +191,7 @@ def scheduler_main(num_gpus: int, num_models: int, pipe: Any) -> None:
     async def run() -> None:
         async with simulated_cluster(num_gpus, num_models) as scheduler:
             pipe.send(scheduler.http_server.port)
-            while True:
-                while not pipe.poll():
-                    await asyncio.sleep(0.05)
-                if pipe.recv() is None:
-                    return
+            while await asyncio.to_thread(pipe.recv) is not None:
                 pipe.send(time.process_time())
 
     asyncio.run(run())

@@ -11,6 +11,7 @@ from distributed.protocol.pickle import dumps
 
 from daskshare.dashboard.feed import Feed
 from daskshare.dashboard.install import install_dashboard
+from daskshare.dashboard.metrics import SCHEDULER_METRICS
 from daskshare.errors import ConfigurationError
 from daskshare.worker_plugin import PLUGIN_NAME, DaskshareWorkerPlugin
 
@@ -45,7 +46,13 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
-        install_dashboard(scheduler, Feed(scheduler))
+        feed = Feed(scheduler)
+        install_dashboard(scheduler, feed)
+        SCHEDULER_METRICS.add(self, feed.snapshot)
+
+    async def close(self) -> None:
+        """Leave what the process keeps; called when the scheduler ends."""
+        SCHEDULER_METRICS.remove(self)
 
     async def install_workers(self) -> None:
         """Put the worker plugin on all present and future workers, once.

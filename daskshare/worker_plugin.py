@@ -15,6 +15,7 @@ from distributed import Status, Worker, WorkerPlugin, get_worker
 
 from daskshare._worker_rates import RecentRates
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
+from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import NotOnWorkerError
 from daskshare.streaming import stream_counts
 
@@ -240,12 +241,14 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         self._refreshing: Future[dict[str, Any]] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
         worker.metrics[PLUGIN_NAME] = self.heartbeat_report
+        WORKER_METRICS.add(self._owner, lambda: self._latest)
         build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
         build.add_done_callback(self._on_built)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
+        WORKER_METRICS.remove(self._owner)
         self._reporter.shutdown(wait=False, cancel_futures=True)
         if worker.status in (Status.closing, Status.closed, Status.failed):
             return self._close()

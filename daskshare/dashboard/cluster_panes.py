@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchPane", "ModelsPane", "ThroughputPane", "TilesPane"]
 
+# Text would otherwise be as wide as its words.
+_WIDE = ".bk-clearfix { width: 100%; }"
+
 
 class TilesPane:
     """The row of figures on top."""
 
     def __init__(self, feed: Feed, colors: Colors) -> None:
         self._colors = colors
-        self.root = Div(text="", sizing_mode="stretch_both")
+        self.root = Div(text="", sizing_mode="stretch_both", stylesheets=[_WIDE])
 
     def update(self, snapshot: dict[str, Any]) -> None:
         """Show a snapshot."""
@@ -47,7 +50,7 @@ class ModelsPane:
 
     def __init__(self, feed: Feed, colors: Colors) -> None:
         self._colors = colors
-        self._table = Div(text="", sizing_mode="stretch_both")
+        self._table = Div(text="", sizing_mode="stretch_width", stylesheets=[_WIDE])
         self.root = column(
             Div(
                 text=heading("Models", (), colors),
@@ -56,7 +59,6 @@ class ModelsPane:
             ),
             self._table,
             sizing_mode="stretch_both",
-            styles={"overflow-y": "auto"},
         )
 
     def update(self, snapshot: dict[str, Any]) -> None:
@@ -113,7 +115,9 @@ class ThroughputPane:
         self._rate.end = max(1.0, 1.08 * float(rates.sum(axis=0).max(initial=0.0)))
 
     def _assign(self, names: dict[str, str], history: list[tuple[float, dict[str, float]]]) -> None:
-        seen = Counter(key for _, by_key in history for key in by_key)
+        seen: Counter[str] = Counter()
+        for _, by_key in history:
+            seen.update(by_key)
         bands = [key if key in seen else "" for key in self._bands]
         for key, _ in seen.most_common():
             if key in bands:

@@ -8,6 +8,7 @@ import numpy as np
 from bokeh.core.properties import field
 from bokeh.layouts import column, row
 from bokeh.models import (
+    BasicTicker,
     ColumnDataSource,
     Div,
     FixedTicker,
@@ -25,7 +26,7 @@ from daskshare.dashboard.theme import Colors
 __all__ = ["GpuPanes"]
 
 # With fewer GPUs rows stay this thick and space remains below.
-_LEAST_ROWS = 8
+_LEAST_ROWS = 12
 # With more, a row is too thin for words.
 _MOST_ROWS_WITH_TEXT = 32
 _MOST_NAMED_COLUMNS = 4
@@ -76,12 +77,12 @@ class GpuPanes:
             swatches += [(colors.states[s], text) for s, text in STATE_TEXTS.items()]
         if "models" in figures:
             swatches += [
-                (colors.load[0], "idle model"),
-                (colors.load[-1], "fastest"),
+                (colors.load[0], "model: idle"),
+                (colors.load[-1], "fast"),
                 (colors.failed, "failed"),
             ]
             swatches += [] if "time" in figures else [(colors.loading, "loading")]
-        if figures == ("memory",):
+        if "memory" in figures:
             swatches += [(colors.memory, "one copy"), (colors.unshared, "a copy per task")]
         legend = Div(text=heading("GPUs", swatches, colors), sizing_mode="stretch_width", height=20)
         self.root = column(
@@ -136,6 +137,7 @@ class GpuPanes:
         )
         self._text(fig, 0.006, "busy_text", self._colors.card)
         fig.xaxis.formatter = NumeralTickFormatter(format="0%")
+        fig.xaxis.ticker = [0, 0.25, 0.5, 0.75, 1]
         return fig
 
     def _memory_figure(self) -> Any:
@@ -147,22 +149,24 @@ class GpuPanes:
             ("of", "@total{0.0 ib}"),
         ]
         fig = self._figure(
-            "Memory: one copy, a copy per task",
+            "Memory",
             self._memory,
             tips,
-            **self._narrow("memory", 200),
+            **self._narrow(160),
         )
         fig.hbar(
             y="y", right="unshared", height=0.86, color=self._colors.unshared, source=self._gpus
         )
         fig.hbar(y="y", right="memory", height=0.86, color=self._colors.memory, source=self._gpus)
         fig.xaxis.formatter = NumeralTickFormatter(format="0 ib")
-        fig.xaxis.ticker.desired_num_ticks = 3
+        fig.xaxis.ticker = BasicTicker(
+            base=1024, mantissas=[2**i for i in range(10)], desired_num_ticks=3
+        )
         return fig
 
     def _queue_figure(self) -> Any:
         tips = [("GPU", "@name"), ("waiting", "@queue{0,0} frames"), ("oldest", "@age{0.000} s")]
-        fig = self._figure("Frames waiting, age", self._queue, tips, **self._narrow("queue", 150))
+        fig = self._figure("Frames waiting", self._queue, tips, **self._narrow(130))
         mapper = LinearColorMapper(
             palette=[self._colors.queue, self._colors.loading, self._colors.old], low=0.0, high=3.0
         )
@@ -194,6 +198,9 @@ class GpuPanes:
             high_color=self._colors.loading,
             nan_color=(0, 0, 0, 0),
         )
+        words = LinearColorMapper(
+            palette=[self._colors.text, self._colors.on_load], low=0.0, high=1.0
+        )
         fig.rect(
             "x",
             "y",
@@ -210,14 +217,14 @@ class GpuPanes:
             text_align="center",
             text_baseline="middle",
             text_font_size="11px",
-            text_color=self._colors.text,
+            text_color={"field": "value", "transform": words},
             source=self._cells,
         )
         fig.xgrid.visible = False
         fig.xaxis.ticker = self._column_ticker
         return fig
 
-    def _narrow(self, name: str, width: int) -> dict[str, Any]:
+    def _narrow(self, width: int) -> dict[str, Any]:
         return {"sizing_mode": "stretch_height", "width": width}
 
     def _text(self, fig: Any, x: float, name: str, color: str) -> None:
@@ -259,7 +266,7 @@ class GpuPanes:
         self._columns.end = max(len(labels), 1) - 0.5
         if len(self._figures) > 1:
             fig.sizing_mode = "stretch_height"
-            fig.width = 20 + (120 if named else 26) * max(len(labels), 1)
+            fig.width = 20 + (120 if named else 21) * max(len(labels), 1)
 
     def _send_gpus(self, gpus: list[dict[str, Any]]) -> None:
         count = len(gpus)

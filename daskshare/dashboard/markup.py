@@ -131,13 +131,13 @@ def models_table(models: Iterable[Mapping[str, Any]], colors: Colors) -> str:
     """Return a table with a row a model; its first column numbers the columns of the GPUs."""
     head = "".join(
         f'<th style="text-align:{side};font-weight:normal;color:{colors.faint_text};'
-        f'padding:2px 6px">{text}</th>'
+        f'padding:1px 4px">{text}</th>'
         for text, side in _COLUMNS
     )
     rows = "".join(_row(i, model, colors) for i, model in enumerate(models, 1))
     return (
         f'<table style="width:100%;border-collapse:collapse;color:{colors.text};'
-        f'font:12px Helvetica,Arial,sans-serif;font-variant-numeric:tabular-nums">'
+        f'font:11.5px/15px Helvetica,Arial,sans-serif;font-variant-numeric:tabular-nums">'
         f"<tr>{head}</tr>{rows}</table>"
     )
 
@@ -169,7 +169,7 @@ def _row(number: int, model: Mapping[str, Any], colors: Colors) -> str:
     return (
         f'<tr style="border-top:1px solid {colors.grid}">'
         + "".join(
-            f'<td style="text-align:{side};padding:2px 6px;white-space:nowrap">{cell}</td>'
+            f'<td style="text-align:{side};padding:1px 4px;white-space:nowrap">{cell}</td>'
             for cell, (_, side) in zip(cells, _COLUMNS, strict=True)
         )
         + "</tr>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ __all__ = ["take_snapshot"]
 #: A model's states on a device that are shown; "unloaded" is the absence of them.
 MODEL_STATES = ("ready", "loading", "unloading", "failed")
 
+_DIGITS = re.compile(r"(\d+)")
 _NO_RATES: dict[str, Any] = {"time_fraction": {}, "models": {}}
 
 
@@ -32,8 +34,8 @@ def take_snapshot(
     Returns
     -------
     dict
-        Plain JSON-able data: ``gpus``, one entry a device with its one set of models, in the
-        workers' order; ``models``, one entry a model, by name; ``batch_size_counts`` of all
+        Plain JSON-able data: ``gpus``, one entry a device with its one set of models, and
+        ``models``, one entry a model, both by name; ``batch_size_counts`` of all
         models, ``all`` time and ``recent``; and ``totals``.
     """
     gpus = _gpus(reports)
@@ -112,7 +114,7 @@ def _gpus(reports: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[dict[st
             "time_fraction": {state: recent["time_fraction"].get(state, 0.0) for state in STATES},
             "models": models,
         }
-    return list(gpus.values())
+    return sorted(gpus.values(), key=lambda gpu: _natural(gpu["name"]))
 
 
 def _on_gpu(model: Mapping[str, Any], recent: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -206,6 +208,11 @@ def _count(counter: Counter[str], counts: Mapping[str, int]) -> None:
 
 def _by_size(counter: Counter[str]) -> dict[str, int]:
     return {size: counter[size] for size in sorted(counter, key=int)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    # gpu2 before gpu10.
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
 
 
 def _mean(values: Iterable[float]) -> float:

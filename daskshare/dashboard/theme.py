@@ -17,10 +17,8 @@ _SERIES = (
     "#f0a030",
     "#2fae8a",
     "#c77dca",
-    "#d4c24a",
     "#e0685c",
-    "#7a86e0",
-    "#9aa35a",
+    "#a8a23c",
 )
 
 
@@ -32,6 +30,8 @@ class Colors:
     ----------
     page, card, text, faint_text, grid : str
         Of the page and of figures.
+    on_load : str
+        Of words on a fast model's cell.
     states : dict of str to str
         Of a device's time (:data:`daskshare.timesplit.STATES`).
     load : tuple of str
@@ -52,6 +52,7 @@ class Colors:
     text: str
     faint_text: str
     grid: str
+    on_load: str
     states: dict[str, str]
     load: tuple[str, ...]
     loading: str
@@ -71,6 +72,7 @@ LIGHT = Colors(
     text="#2b3036",
     faint_text="#6d747c",
     grid="#e6e8eb",
+    on_load="#ffffff",
     states={
         "busy": "#1f9d78",
         "loading": "#e0a52b",
@@ -94,6 +96,7 @@ DARK = Colors(
     text="#dfe3e7",
     faint_text="#98a1aa",
     grid="#30363c",
+    on_load="#14171a",
     states={
         "busy": "#2fbf93",
         "loading": "#e3ae3d",
