@@ -25,16 +25,13 @@ JSON_ROUTE = "json/daskshare.json"
 _installed: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
-class SnapshotJSON(RequestHandler):  # type: ignore[misc]
+class SnapshotJSON(RequestHandler):
     """Answers with :func:`daskshare.dashboard.snapshot.take_snapshot`."""
-
-    def initialize(self, feed: Feed) -> None:
-        """Take what the route was given."""
-        self.feed = feed
 
     def get(self) -> None:
         """Write the snapshot."""
-        self.write(self.feed.snapshot())
+        feed: Feed = self.extra["feed"]
+        self.write(feed.snapshot())
 
 
 def install_dashboard(scheduler: Scheduler, feed: Feed) -> None:
@@ -56,15 +53,14 @@ def install_dashboard(scheduler: Scheduler, feed: Feed) -> None:
     if scheduler in _installed:
         return
     _installed.add(scheduler)
-    bokeh = _bokeh_of(scheduler)
-    prefix = bokeh.prefix if bokeh is not None else ""
-    scheduler.http_application.add_handlers(
-        r".*$", [(f"{prefix}/{JSON_ROUTE}", SnapshotJSON, {"feed": feed})]
-    )
-    if bokeh is None:
-        return
     try:
-        _add_pages(scheduler, bokeh, feed)
+        bokeh = _bokeh_of(scheduler)
+        prefix = bokeh.prefix if bokeh is not None else ""
+        scheduler.http_application.add_handlers(
+            r".*$", [(f"{prefix}/{JSON_ROUTE}", SnapshotJSON, {"extra": {"feed": feed}})]
+        )
+        if bokeh is not None:
+            _add_pages(scheduler, bokeh, feed)
     except Exception:
         logger.warning("The page of daskshare could not join Dask's dashboard", exc_info=True)
 
@@ -109,7 +105,7 @@ def _add_page(bokeh: BokehTornado, url: str, make_document: Any) -> None:
     # Bokeh knows its applications when it starts; this is what it does then for each of them.
     context = ApplicationContext(Application(FunctionHandler(make_document)), url=url)
     context._loop = bokeh._loop
-    bokeh._applications[url] = context  # type: ignore[index]
+    bokeh._applications[url] = context
     routes: list[Any] = []
     for pattern, handler, *_ in per_app_patterns:
         path = f"{bokeh.prefix}{url}"
