@@ -46,9 +46,9 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
-        feed = Feed(scheduler)
-        install_dashboard(scheduler, feed)
-        SCHEDULER_METRICS.add(self, feed.snapshot)
+        self.feed = Feed(scheduler)
+        install_dashboard(scheduler, self.feed)
+        SCHEDULER_METRICS.add(self, self.feed.snapshot)
 
     async def close(self) -> None:
         """Leave what the process keeps; called when the scheduler ends."""

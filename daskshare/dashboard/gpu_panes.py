@@ -246,7 +246,7 @@ class GpuPanes:
             return
         self._names = names
         self._rows.start = max(len(names), _LEAST_ROWS) - 0.5
-        step = 1 + (len(names) - 1) // 40
+        step = len(names) // 40 + 1
         ticks = list(range(0, len(names), step))
         # An axis must know a tick's label before the tick.
         for fig in self._figures.values():

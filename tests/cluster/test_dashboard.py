@@ -42,8 +42,18 @@ def get(url):
         return answer.read().decode()
 
 
-def snapshot(client):
-    return json.loads(get(f"{base_url(client)}/json/daskshare.json"))
+def snapshot_when(client, condition):
+    """What the JSON route gives, as soon as workers' heartbeats brought what is waited for."""
+
+    async def poll(dask_scheduler):
+        async with asyncio.timeout(TIMEOUT):
+            feed = dask_scheduler.plugins["daskshare"].feed
+            while not condition(feed.snapshot()):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        return dask_scheduler.http_server.port
+
+    port = client.run_on_scheduler(poll)
+    return json.loads(get(f"http://127.0.0.1:{port}/json/daskshare.json"))
 
 
 def call_everywhere(client, model=MODEL, frames=10):
@@ -53,27 +63,10 @@ def call_everywhere(client, model=MODEL, frames=10):
     return workers
 
 
-def reports_when(client, condition):
-    """Wait until the workers' heartbeats brought reports that meet a condition."""
-
-    async def poll(dask_scheduler):
-        async with asyncio.timeout(TIMEOUT):
-            while True:
-                reports = [
-                    state.metrics.get("daskshare") or {}
-                    for state in dask_scheduler.workers.values()
-                ]
-                if condition(reports):
-                    return
-                await asyncio.sleep(0.05)
-
-    client.run_on_scheduler(poll)
-
-
-def all_ran(reports):
-    return all(
-        any(m["name"] == "watched" and m["frames"] for m in r.get("models", {}).values())
-        for r in reports
+def watched_on_each(snapshot):
+    return bool(snapshot["gpus"]) and all(
+        any(m["name"] == "watched" and m["frames"] for m in gpu["models"].values())
+        for gpu in snapshot["gpus"]
     )
 
 
@@ -122,14 +115,13 @@ def check_dashboard(client):
 
 def test_installed_on_a_running_cluster(client):
     workers = call_everywhere(client)
-    reports_when(client, all_ran)
+    state = snapshot_when(client, watched_on_each)
     check_dashboard(client)
     # Installing again adds nothing twice.
     daskshare.install(client)
     menu = get(f"{base_url(client)}/status")
     assert menu.count('href="daskshare"') == 1
 
-    state = snapshot(client)
     assert {gpu["workers"][0] for gpu in state["gpus"]} == set(workers)
     [model] = [m for m in state["models"] if m["name"] == "watched"]
     assert model["copies"] == 2
@@ -142,15 +134,14 @@ def test_from_a_preload(tmp_path):
     with cluster(tmp_path, scheduler=("--preload", SCHEDULER_SCRIPT)) as client:
         check_dashboard(client)
         call_everywhere(client)
-        reports_when(client, all_ran)
-        [model] = snapshot(client)["models"]
+        [model] = snapshot_when(client, watched_on_each)["models"]
         assert (model["name"], model["copies"]) == ("watched", 1)
 
 
 def test_metrics_of_workers_and_scheduler(client):
     for frames in (1, 2, 3):
         workers = call_everywhere(client, frames=frames)
-    reports_when(client, all_ran)
+    snapshot_when(client, watched_on_each)
     stats = daskshare.stats(client)
     urls = worker_urls(client)
     assert set(urls) == set(workers)
@@ -190,27 +181,21 @@ def test_a_model_that_cannot_be_loaded_is_shown_as_failed(client):
     broken = SharedModel(FakeSpec(name="broken", load_error="no weights"))
     futures = client.map(broken, [np.ones((1, 2))], pure=False, retries=0)
     assert isinstance(futures[0].exception(TIMEOUT), daskshare.errors.ModelLoadError)
-    reports_when(
-        client,
-        lambda reports: any(
-            m["name"] == "broken" and m["load_error"] for r in reports for m in r["models"].values()
-        ),
-    )
-    [model] = [m for m in snapshot(client)["models"] if m["name"] == "broken"]
+    state = snapshot_when(client, lambda s: any(m["name"] == "broken" for m in s["models"]))
+    [model] = [m for m in state["models"] if m["name"] == "broken"]
     assert (model["copies"], model["failed"]) == (0, 1)
     assert "no weights" in model["error"]
 
 
 def test_without_a_dashboard_the_numbers_remain():
     with (
-        start(dashboard_address=None, processes=False) as local,
+        start(scheduler_kwargs={"dashboard": False}, processes=False) as local,
         Client(local, set_as_default=False) as client,
     ):
         daskshare.install(client)
         call_everywhere(client)
-        reports_when(client, all_ran)
+        state = snapshot_when(client, watched_on_each)
         port = local.scheduler.http_server.port
-        state = json.loads(get(f"http://127.0.0.1:{port}/json/daskshare.json"))
         assert [m["copies"] for m in state["models"]] == [1]
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(f"http://127.0.0.1:{port}/daskshare")
@@ -223,8 +208,7 @@ def test_workers_of_one_process_are_one_device():
     ):
         daskshare.install(client)
         call_everywhere(client)
-        reports_when(client, all_ran)
-        state = snapshot(client)
+        state = snapshot_when(client, watched_on_each)
         [gpu] = state["gpus"]
         assert len(gpu["workers"]) == 2
         assert state["totals"]["copies"] == 1
