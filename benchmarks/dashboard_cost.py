@@ -148,8 +148,9 @@ async def simulated_cluster(num_gpus: int, num_models: int) -> Any:
         "distributed.scheduler.active-memory-manager.start": False,
         "distributed.scheduler.worker-ttl": None,
     }
-    dask.config.set(quiet)
-    async with Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
+    with dask.config.set(quiet):
+        scheduler = Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0")
+    async with scheduler:
         await install_on_scheduler(scheduler)
         workers = SimulatedWorkers(num_gpus, num_models)
         for gpu in range(num_gpus):

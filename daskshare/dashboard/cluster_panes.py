@@ -156,9 +156,16 @@ class BatchPane:
             y_range=Range1d(0, 1),
             sizing_mode="stretch_both",
         )
-        fig.vbar(x="size", top="all", width=0.9, color=colors.past, source=self._source)
         fig.vbar(
-            x="size", top="recent", width=0.5, color=colors.states["busy"], source=self._source
+            x="size", top="all", width=0.9, color=colors.past, line_color=None, source=self._source
+        )
+        fig.vbar(
+            x="size",
+            top="recent",
+            width=0.5,
+            color=colors.states["busy"],
+            line_color=None,
+            source=self._source,
         )
         fig.add_tools(
             HoverTool(

@@ -25,8 +25,6 @@ from daskshare.dashboard.theme import Colors
 
 __all__ = ["GpuPanes"]
 
-# With fewer GPUs rows stay this thick and space remains below.
-_LEAST_ROWS = 12
 # With more, a row is too thin for words.
 _MOST_ROWS_WITH_TEXT = 32
 _MOST_NAMED_COLUMNS = 4
@@ -44,6 +42,8 @@ class GpuPanes:
         Which.
     colors : Colors
         Light or dark.
+    least_rows : int
+        With fewer GPUs rows are not thicker, and space remains below.
 
     Attributes
     ----------
@@ -51,9 +51,10 @@ class GpuPanes:
         The figures under a legend.
     """
 
-    def __init__(self, figures: tuple[str, ...], colors: Colors) -> None:
+    def __init__(self, figures: tuple[str, ...], colors: Colors, *, least_rows: int = 12) -> None:
         self._colors = colors
-        self._rows = Range1d(_LEAST_ROWS - 0.5, -0.5)
+        self._least_rows = least_rows
+        self._rows = Range1d(least_rows - 0.5, -0.5)
         self._columns = Range1d(-0.5, 0.5)
         self._memory = Range1d(0, 1)
         self._queue = Range1d(0, 1)
@@ -116,6 +117,7 @@ class GpuPanes:
                 # The same above and below, so that rows of all figures are level.
                 "min_border_top": 42,
                 "min_border_bottom": 24,
+                "min_border_right": 20,
                 **options,
             },
         )
@@ -133,6 +135,7 @@ class GpuPanes:
             y="y",
             height=0.86,
             color=[self._colors.states[state] for state in STATE_TEXTS],
+            line_color=None,
             source=self._gpus,
         )
         self._text(fig, 0.006, "busy_text", self._colors.card)
@@ -155,9 +158,21 @@ class GpuPanes:
             **self._narrow(160),
         )
         fig.hbar(
-            y="y", right="unshared", height=0.86, color=self._colors.unshared, source=self._gpus
+            y="y",
+            right="unshared",
+            height=0.86,
+            color=self._colors.unshared,
+            line_color=None,
+            source=self._gpus,
         )
-        fig.hbar(y="y", right="memory", height=0.86, color=self._colors.memory, source=self._gpus)
+        fig.hbar(
+            y="y",
+            right="memory",
+            height=0.86,
+            color=self._colors.memory,
+            line_color=None,
+            source=self._gpus,
+        )
         fig.xaxis.formatter = NumeralTickFormatter(format="0 ib")
         fig.xaxis.ticker = BasicTicker(
             base=1024, mantissas=[2**i for i in range(10)], desired_num_ticks=3
@@ -175,6 +190,7 @@ class GpuPanes:
             right="queue",
             height=0.86,
             color={"field": "age", "transform": mapper},
+            line_color=None,
             source=self._gpus,
         )
         self._text(fig, 0.0, "age_text", self._colors.text)
@@ -245,7 +261,7 @@ class GpuPanes:
         if names == self._names:
             return
         self._names = names
-        self._rows.start = max(len(names), _LEAST_ROWS) - 0.5
+        self._rows.start = max(len(names), self._least_rows) - 0.5
         step = len(names) // 40 + 1
         ticks = list(range(0, len(names), step))
         # An axis must know a tick's label before the tick.

@@ -47,39 +47,41 @@ def heading(title: str, swatches: Iterable[tuple[str, str]], colors: Colors, not
 def tiles(totals: Mapping[str, Any], gpus: Iterable[Mapping[str, Any]], colors: Colors) -> str:
     """Return the row of figures that says how the cluster is doing."""
     kinds = {gpu["device_kind"] for gpu in gpus}
-    device = "GPUs" if kinds <= {"cuda", ""} else "devices"
+    device = "GPU" if kinds <= {"cuda", ""} else "device"
+    saved = totals["saved_bytes"]
     problems = [f"{totals[name]} {name}" for name in ("loading", "failed") if totals[name]]
     cells = [
         (f"{totals['frames_per_second']:,.0f}", "frames/s", f"{totals['frames']:,} in all", False),
         (
             f"{totals['gpus_ready']}",
-            device,
+            _plural(device, totals["gpus_ready"]),
             f"{totals['gpus_failed']} could not start" if totals["gpus_failed"] else "ready",
             bool(totals["gpus_failed"]),
         ),
         (f"{totals['busy_fraction']:.0%}", "busy", _idle_reason(gpus), False),
         (
             f"{totals['queue_frames']:,}",
-            "frames wait",
+            "frames waiting",
             f"the oldest for {format_seconds(totals['queue_age_seconds'])}",
             False,
         ),
         (
             f"{totals['tasks']:,}",
-            "tasks use a model",
+            f"{_plural('task', totals['tasks'])} using a model",
             f"{totals['held_tasks']:,} held for a GPU",
             False,
         ),
         (
             f"{totals['copies']:,}",
-            f"copies of {totals['models']:,} models",
+            f"{_plural('copy', totals['copies'])} of {totals['models']:,} "
+            f"{_plural('model', totals['models'])}",
             ", ".join(problems) or "none loading or failed",
             bool(totals["failed"]),
         ),
         (
             format_bytes(totals["model_bytes"]),
             "of weights",
-            f"{format_bytes(totals['saved_bytes'])} less than a copy per task",
+            f"{format_bytes(saved)} less than a copy per task" if saved else "one task a copy",
             False,
         ),
     ]
@@ -89,6 +91,12 @@ def tiles(totals: Mapping[str, Any], gpus: Iterable[Mapping[str, Any]], colors: 
         + "".join(_tile(*cell, colors) for cell in cells)
         + "</div>"
     )
+
+
+def _plural(word: str, count: int) -> str:
+    if count == 1:
+        return word
+    return f"{word[:-1]}ies" if word.endswith("y") else f"{word}s"
 
 
 def _tile(figure: str, unit: str, note: str, alarming: bool, colors: Colors) -> str:

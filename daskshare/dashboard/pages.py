@@ -31,6 +31,9 @@ _templates = Environment(
     )
 )
 
+# With so many GPUs there is room below them for the throughput.
+_FEW = 10
+
 _Make = Callable[["Feed", Colors], Any]
 
 
@@ -76,9 +79,13 @@ def page_doc(feed: Feed, extra: dict[str, Any], doc: Document) -> None:
         Empty.
     """
     colors = _colors(doc)
+    num_gpus = len(feed.snapshot()["gpus"])
+    few = num_gpus <= _FEW
     panes = {
         "tiles": TilesPane(feed, colors),
-        "gpus": GpuPanes(("time", "memory", "queue", "models"), colors),
+        "gpus": GpuPanes(
+            ("time", "memory", "queue", "models"), colors, least_rows=1 if few else 12
+        ),
         "throughput": ThroughputPane(feed, colors),
         "batches": BatchPane(feed, colors),
         "models": ModelsPane(feed, colors),
@@ -86,7 +93,9 @@ def page_doc(feed: Feed, extra: dict[str, Any], doc: Document) -> None:
     _fill(doc, feed, panes, colors)
     doc.title = "Dask: daskshare"
     doc.template = _templates.get_template("page.html")
-    doc.template_variables.update(extra, colors=colors, dark=colors is DARK)
+    doc.template_variables.update(
+        extra, colors=colors, dark=colors is DARK, few=few, num_gpus=max(num_gpus, 1)
+    )
 
 
 def pane_doc(feed: Feed, url: str, doc: Document) -> None:
