@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchPane", "ModelsPane", "ThroughputPane", "TilesPane"]
 
+# A page that was opened just now would else look empty for minutes.
+_LEAST_SECONDS = 60.0
 # Text would otherwise be as wide as its words.
 _WIDE = ".bk-clearfix { width: 100%; }"
 
@@ -79,9 +81,10 @@ class ThroughputPane:
         self._source = ColumnDataSource({"ago": [], **{name: [] for name in self._fields}})
         self._legend = Div(text="", sizing_mode="stretch_width", height=20)
         self._rate = Range1d(0, 1)
+        self._ago = Range1d(-_LEAST_SECONDS, 0)
         fig = figure(
             tools="",
-            x_range=Range1d(-HISTORY_SECONDS, 0),
+            x_range=self._ago,
             y_range=self._rate,
             sizing_mode="stretch_both",
         )
@@ -96,9 +99,9 @@ class ThroughputPane:
         fig.yaxis.formatter = NumeralTickFormatter(format="0,0")
         fig.yaxis.ticker.desired_num_ticks = 4
         fig.xaxis.formatter = CustomJSTickFormatter(
-            code="return tick == 0 ? 'now' : (tick / 60) + ' min'"
+            code="return tick == 0 ? 'now' : tick % 60 ? tick + ' s' : (tick / 60) + ' min'"
         )
-        fig.xaxis.ticker = list(range(-int(HISTORY_SECONDS), 1, 60))
+        fig.xaxis.ticker = [*range(-int(HISTORY_SECONDS), 0, 60), -30, 0]
         self.root = column(self._legend, fig, sizing_mode="stretch_both")
 
     def update(self, snapshot: dict[str, Any]) -> None:
@@ -112,6 +115,7 @@ class ThroughputPane:
                 rates[place.get(key, -1), j] += rate
         ago = np.array([at - snapshot["time"] for at, _ in history], np.float32)
         send(self._source, {"ago": ago, **dict(zip(self._fields, rates, strict=True))})
+        self._ago.start = min(-_LEAST_SECONDS, float(ago[0]))
         self._rate.end = max(1.0, 1.08 * float(rates.sum(axis=0).max(initial=0.0)))
 
     def _assign(self, names: dict[str, str], history: list[tuple[float, dict[str, float]]]) -> None:
