@@ -3,8 +3,8 @@
 A real scheduler with its dashboard runs in a process of its own; its workers are simulated: they
 send no heartbeats over a network, but their reports, the real ones' size and form, are replaced as
 often as real workers would send them. One client holds the page open over Bokeh's websocket and
-reads everything that is sent, as a browser does. Cost is the CPU time of the scheduler's process with
-the page open, less the same without it, over the same time.
+reads everything that is sent, as a browser does. Cost is the CPU time of the scheduler's process
+with the page open, less the same without it, over the same time.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ class SimulatedWorkers:
             rate = busy * 5500 / present * pick.uniform(0.8, 1.2) if here else 0.0
             self.frames[gpu][i] += rate * seconds
             frames = int(self.frames[gpu][i])
-            counts = {"64": frames // 70, "32": frames // 400, "17": frames // 900, "1": 3}
-            chance = pick.random()
-            state = "ready" if here else "loading" if chance > 0.992 else "unloaded"
+            batches = frames // 57
+            # A few are being loaded or could not be.
+            place = (gpu * 31 + i * 7) % 211
+            state = "ready" if here else "loading" if place == 5 else "unloaded"
             models[key] = {
                 "name": name,
                 "key": key,
@@ -85,18 +86,16 @@ class SimulatedWorkers:
                 "leases": 16 // len(self.names) + 1 if rate > 50 else 0,
                 "model_bytes": int((0.12 + 0.02 * i) * GIB) if here else 0,
                 "frames": frames,
-                "batches": sum(counts.values()),
+                "batches": batches,
                 "mean_batch_size": 57.0,
-                "batch_size_counts": counts,
                 "busy_seconds": frames / 5500,
                 "errors": 0,
                 "peak_leases": 16 // len(self.names) + 2 if here else 0,
-                "load_error": "ModelLoadError: no such file" if chance < 0.002 else "",
+                "load_error": "ModelLoadError: no such file" if not here and place == 9 else "",
                 "rebuilds": 0,
                 "engine": {
                     "frames": frames,
-                    "batches": sum(counts.values()),
-                    "batch_size_counts": counts,
+                    "batches": batches,
                     "queue_frames": int(rate / 30),
                     "queue_age_seconds": 0.02 + 0.4 * (busy > 0.9) * pick.random(),
                     "busy_seconds": frames / 5500,
@@ -111,10 +110,7 @@ class SimulatedWorkers:
                 else None,
             }
             if rate:
-                recent[key] = {
-                    "frames_per_second": rate,
-                    "batch_size_counts": {"64": int(rate / 15), "32": 2, "21": 1},
-                }
+                recent[key] = rate
         return {
             "state": "ready",
             "reason": "",
@@ -128,12 +124,16 @@ class SimulatedWorkers:
             },
             "budget_bytes": 64 * GIB,
             "models": models,
+            "batch_bins": {"1": 3, "32": 900, "64": int(sum(self.frames[gpu]) / 60)},
             "recent": {
                 "seconds": 5.0,
                 "time_fraction": {
                     state: busy if state == "busy" else rest * shares[state] for state in STATES
                 },
-                "models": recent,
+                "frames": int(5 * sum(recent.values())),
+                "batches": int(5 * sum(recent.values()) / 58) + 1,
+                "batch_bins": {"16": 1, "32": 8, "64": int(sum(recent.values()) / 12)},
+                "frames_per_second": recent,
             },
         }
 

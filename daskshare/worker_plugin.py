@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
 
-from daskshare._worker_rates import RecentRates
+from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import NotOnWorkerError
@@ -186,9 +186,9 @@ def worker_report() -> dict[str, Any]:
         ``state`` ("absent", "starting", "ready", "failed"), ``reason`` of a failure, ``chunks``
         (see :func:`daskshare.streaming.stream_counts`), ``models`` and totals over them
         (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), what else
-        ``ModelShare.report`` gives, ``recent`` (see
-        :meth:`daskshare._worker_rates.RecentRates.recent`), and ``share``, which is the same for
-        workers that share one copy of each model.
+        ``ModelShare.report`` gives, ``recent`` and ``batch_bins`` (see
+        :mod:`daskshare._worker_report`), and ``share``, which is the same for workers that share
+        one copy of each model.
 
     Notes
     -----
@@ -203,6 +203,9 @@ def worker_report() -> dict[str, Any]:
         error = build.exception()
         if error is None:
             report |= {"state": "ready", **build.result().report()}
+            report["batch_bins"] = batch_bins(
+                model["batch_size_counts"] for model in report["models"].values()
+            )
             report["recent"] = _process_share.recent(report)
         else:
             report |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
@@ -282,7 +285,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             else:
                 self._latest = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
             self._refreshing = self._reporter.submit(worker_report)
-        return self._latest
+        return for_heartbeat(self._latest)
 
     def _on_built(self, build: Future[ModelShare]) -> None:
         error = build.exception()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from bokeh.layouts import column
@@ -21,6 +21,7 @@ from bokeh.plotting import figure
 
 from daskshare.dashboard.feed import HISTORY_SECONDS
 from daskshare.dashboard.markup import heading, models_table, tiles
+from daskshare.dashboard.snapshot import Snapshot
 from daskshare.dashboard.sources import send
 from daskshare.dashboard.theme import Colors
 
@@ -42,9 +43,9 @@ class TilesPane:
         self._colors = colors
         self.root = Div(text="", sizing_mode="stretch_both", stylesheets=[_WIDE])
 
-    def update(self, snapshot: dict[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Show a snapshot."""
-        self.root.text = tiles(snapshot["totals"], snapshot["gpus"], self._colors)
+        self.root.text = tiles(snapshot.totals, snapshot.gpus, self._colors)
 
 
 class ModelsPane:
@@ -63,9 +64,9 @@ class ModelsPane:
             sizing_mode="stretch_both",
         )
 
-    def update(self, snapshot: dict[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Show a snapshot."""
-        self._table.text = models_table(snapshot["models"], self._colors)
+        self._table.text = models_table(snapshot.models, self._colors)
 
 
 class ThroughputPane:
@@ -104,16 +105,16 @@ class ThroughputPane:
         fig.xaxis.ticker = [*range(-int(HISTORY_SECONDS), 0, 60), -30, 0]
         self.root = column(self._legend, fig, sizing_mode="stretch_both")
 
-    def update(self, snapshot: dict[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Show the history up to a snapshot."""
         history = list(self._feed.history)
-        self._assign({model["key"]: model["label"] for model in snapshot["models"]}, history)
+        self._assign({model["key"]: model["label"] for model in snapshot.models}, history)
         rates = np.zeros((len(self._fields), len(history)), np.float32)
         place = {key: i for i, key in enumerate(self._bands)}
         for j, (_, by_key) in enumerate(history):
             for key, rate in by_key.items():
                 rates[place.get(key, -1), j] += rate
-        ago = np.array([at - snapshot["time"] for at, _ in history], np.float32)
+        ago = np.array([at - snapshot.time for at, _ in history], np.float32)
         send(self._source, {"ago": ago, **dict(zip(self._fields, rates, strict=True))})
         self._ago.start = min(-_LEAST_SECONDS, float(ago[0]))
         self._rate.end = max(1.0, 1.08 * float(rates.sum(axis=0).max(initial=0.0)))
@@ -186,46 +187,39 @@ class BatchPane:
         fig.yaxis.ticker = [0, 0.5, 1]
         self.root = column(self._legend, fig, sizing_mode="stretch_both")
 
-    def update(self, snapshot: dict[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Show a snapshot."""
-        counts = snapshot["batch_size_counts"]
-        everything, recent = _fractions(counts["all"]), _fractions(counts["recent"])
-        sizes = list(everything)
-        if sizes != self._sizes.factors:
-            self._sizes.factors = sizes
+        everything = _fractions(snapshot.batch_bins["all"])
+        recent = _fractions(snapshot.batch_bins["recent"])
+        # Sizes between are shown though no batch had them: a gap would look like none.
+        largest = max(everything, default=0)
+        sizes = [2**i for i in range(largest.bit_length())]
+        names = [_bin_name(size) for size in sizes]
+        if names != self._sizes.factors:
+            self._sizes.factors = names
         send(
             self._source,
             {
-                "size": sizes,
+                "size": names,
                 "recent": np.array([recent.get(size, 0.0) for size in sizes], np.float32),
-                "all": np.array([everything[size] for size in sizes], np.float32),
+                "all": np.array([everything.get(size, 0.0) for size in sizes], np.float32),
             },
         )
+        now, ever = (
+            f": mean {snapshot.totals[name]:.1f}" if snapshot.totals[name] else ": none"
+            for name in ("recent_mean_batch_size", "mean_batch_size")
+        )
         swatches = [
-            (self._colors.states["busy"], f"last seconds{_mean(counts['recent'])}"),
-            (self._colors.past, f"since the start{_mean(counts['all'])}"),
+            (self._colors.states["busy"], f"last seconds{now}"),
+            (self._colors.past, f"since the start{ever}"),
         ]
         self._legend.text = heading("Frames in a batch", swatches, self._colors)
 
 
-def _fractions(counts: Mapping[str, int]) -> dict[str, float]:
-    """Part of all batches by size: 1, 2, 3-4, 5-8, ... up to the largest."""
-    if not counts:
-        return {}
-    total = sum(counts.values())
-    bins = [0.0] * ((max(map(int, counts)) - 1).bit_length() + 1)
-    for size, count in counts.items():
-        bins[(int(size) - 1).bit_length()] += count / total
-    return {_bin_name(i): fraction for i, fraction in enumerate(bins)}
+def _fractions(bins: Mapping[str, int]) -> dict[int, float]:
+    total = sum(bins.values())
+    return {int(size): count / total for size, count in bins.items()}
 
 
-def _bin_name(power: int) -> str:
-    least, most = 2**power // 2 + 1, 2**power
-    return str(most) if least >= most else f"{least}-{most}"
-
-
-def _mean(counts: Mapping[str, int]) -> str:
-    batches = sum(counts.values())
-    if not batches:
-        return ": none"
-    return f": mean {sum(int(size) * count for size, count in counts.items()) / batches:.1f}"
+def _bin_name(largest: int) -> str:
+    return str(largest) if largest <= 2 else f"{largest // 2 + 1}-{largest}"

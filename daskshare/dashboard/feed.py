@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.metrics import time
 
-from daskshare.dashboard.snapshot import take_snapshot
+from daskshare.dashboard.snapshot import Snapshot, take_snapshot
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -42,8 +42,7 @@ class Feed:
     ) -> None:
         self._scheduler = scheduler
         self._held_tasks = held_tasks
-        self._snapshot: dict[str, Any] | None = None
-        self._taken_seconds = 0.0
+        self._snapshot: Snapshot | None = None
         #: (wall-clock seconds, frames/s by model key), oldest first.
         self.history: deque[tuple[float, dict[str, float]]] = deque()
 
@@ -53,22 +52,22 @@ class Feed:
         num_workers = len(self._scheduler.workers)
         return 1.0 if num_workers < 50 else 2.0 if num_workers < 200 else 5.0
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return :func:`~daskshare.dashboard.snapshot.take_snapshot` of now, or of just now."""
+    def snapshot(self) -> Snapshot:
+        """Return what workers last reported, put together now or just now."""
         now_seconds = time()
+        last = self._snapshot
         # Several pages ask in one interval, each with its own timer.
-        fresh = now_seconds - self._taken_seconds < 0.5 * self.interval_seconds
-        if self._snapshot is None or not fresh:
-            self._snapshot = take_snapshot(
+        if last is None or now_seconds - last.time >= 0.5 * self.interval_seconds:
+            last = self._snapshot = take_snapshot(
+                now_seconds,
                 (
                     (str(state.name), address, state.metrics.get(METRIC) or {})
                     for address, state in self._scheduler.workers.items()
                 ),
                 self._held_tasks(),
             )
-            self._snapshot["time"] = self._taken_seconds = now_seconds
-            self._remember(now_seconds, self._snapshot["models"])
-        return self._snapshot
+            self._remember(now_seconds, last.models)
+        return last
 
     def _remember(self, now_seconds: float, models: list[dict[str, Any]]) -> None:
         rates = {m["key"]: m["frames_per_second"] for m in models if m["frames_per_second"]}

@@ -20,6 +20,7 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from daskshare.dashboard.markup import STATE_TEXTS, format_seconds, heading
+from daskshare.dashboard.snapshot import CELL_STATES, Snapshot
 from daskshare.dashboard.sources import send
 from daskshare.dashboard.theme import Colors
 
@@ -29,8 +30,11 @@ __all__ = ["GpuPanes"]
 _MOST_ROWS_WITH_TEXT = 32
 _MOST_NAMED_COLUMNS = 4
 
-_LOADING, _FAILED = 2.0, -1.0
-_CELL_VALUES = {"loading": _LOADING, "unloading": _LOADING, "failed": _FAILED, "unloaded": np.nan}
+_READY = CELL_STATES.index("ready")
+# Above the scale of speeds, below it, or nothing; a ready model has its speed.
+_CELL_VALUES = np.array(
+    [{"loading": 2.0, "unloading": 2.0, "failed": -1.0}.get(s, np.nan) for s in CELL_STATES]
+)
 
 
 class GpuPanes:
@@ -64,6 +68,8 @@ class GpuPanes:
         self._cells = ColumnDataSource({"x": [], "y": []})
         self._names: list[str] = []
         self._labels: list[str] = []
+        self._cell_shape: tuple[list[str], list[str]] | None = None
+        self._cell_states = np.zeros((0, 0), np.int8)
         make = {
             "time": self._time_figure,
             "memory": self._memory_figure,
@@ -92,15 +98,14 @@ class GpuPanes:
             sizing_mode="stretch_both",
         )
 
-    def update(self, snapshot: dict[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Show a snapshot."""
-        gpus, models = snapshot["gpus"], snapshot["models"]
-        self._set_rows([gpu["name"] for gpu in gpus])
+        self._set_rows([gpu["name"] for gpu in snapshot.gpus])
         if "models" in self._figures:
-            self._set_columns([model["label"] for model in models])
-            self._send_cells(gpus, models)
+            self._set_columns([model["label"] for model in snapshot.models])
+            self._send_cells(snapshot)
         if self._figures.keys() - {"models"}:
-            self._send_gpus(gpus)
+            self._send_gpus(snapshot.gpus)
 
     # -- figures --
 
@@ -332,41 +337,36 @@ class GpuPanes:
             self._memory.end = max(1.0, float(numbers[:, :2].max()) * 1.05)
             self._queue.end = max(1.0, float(numbers[:, 4].max()) * 1.05)
 
-    def _send_cells(self, gpus: list[dict[str, Any]], models: list[dict[str, Any]]) -> None:
-        keys = [model["key"] for model in models]
-        shape = (len(gpus), len(keys))
-        value = np.full(shape, np.nan, np.float32)
-        rate = np.zeros(shape, np.float32)
-        size = np.zeros(shape, np.float64)
-        states = [["not loaded"] * shape[1] for _ in gpus]
-        place = {key: j for j, key in enumerate(keys)}
-        for i, gpu in enumerate(gpus):
-            for key, model in gpu["models"].items():
-                j = place[key]
-                rate[i, j] = model["frames_per_second"]
-                size[i, j] = model["bytes"]
-                value[i, j] = _CELL_VALUES.get(model["state"], 0.0)
-                if model["state"] != "unloaded":
-                    states[i][j] = model["error"] or model["state"]
-        ready = value == 0.0
-        value[ready] = np.sqrt(rate[ready] / max(rate.max(initial=0.0), 1e-9)) * 0.999
-        worded = shape[0] <= _MOST_ROWS_WITH_TEXT and shape[1] <= _MOST_NAMED_COLUMNS
-        send(
-            self._cells,
-            {
-                "x": list(range(shape[1])) * shape[0],
-                "y": [i for i in range(shape[0]) for _ in keys],
-                "gpu": [name for name in self._names for _ in keys],
-                "model": self._labels * shape[0],
-                "state": [state for row_of in states for state in row_of],
-                "text": [f"{r:,.0f}" if worded and r else "" for r in rate.ravel().tolist()]
-                if worded
-                else [""] * rate.size,
-                "value": value.ravel(),
-                "rate": rate.ravel(),
-                "bytes": size.ravel(),
-            },
-        )
+    def _send_cells(self, snapshot: Snapshot) -> None:
+        rate, state = snapshot.cell("frames_per_second"), snapshot.cell("state").astype(np.int8)
+        num_gpus, num_models = rate.shape
+        speed = np.sqrt(rate / max(rate.max(initial=0.0), 1e-9)) * 0.999
+        value = np.where(state == _READY, speed, _CELL_VALUES[state]).astype(np.float32)
+        data: dict[str, Any] = {
+            "value": value.ravel(),
+            "rate": rate.astype(np.float32).ravel(),
+            "bytes": snapshot.cell("bytes").ravel(),
+        }
+        # Words are dear to send, and seldom change.
+        shape = (self._names, self._labels)
+        if shape != self._cell_shape:
+            self._cell_shape = ([*self._names], [*self._labels])
+            data["x"] = list(range(num_models)) * num_gpus
+            data["y"] = [i for i in range(num_gpus) for _ in range(num_models)]
+            data["gpu"] = [name for name in self._names for _ in range(num_models)]
+            data["model"] = self._labels * num_gpus
+        if "x" in data or not np.array_equal(state, self._cell_states):
+            self._cell_states = state
+            words = [CELL_STATES[index] for index in state.ravel().tolist()]
+            for (i, j), error in snapshot.errors.items():
+                words[i * num_models + j] = error
+            data["state"] = words
+        worded = num_gpus <= _MOST_ROWS_WITH_TEXT and num_models <= _MOST_NAMED_COLUMNS
+        if worded:
+            data["text"] = [f"{r:,.0f}" if r else "" for r in rate.ravel().tolist()]
+        elif "x" in data:
+            data["text"] = [""] * rate.size
+        send(self._cells, data)
 
 
 def _percent(fraction: float) -> str:

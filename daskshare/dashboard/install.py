@@ -26,12 +26,12 @@ _installed: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
 class SnapshotJSON(RequestHandler):
-    """Answers with :func:`daskshare.dashboard.snapshot.take_snapshot`."""
+    """Answers with a :class:`daskshare.dashboard.snapshot.Snapshot`."""
 
     def get(self) -> None:
         """Write the snapshot."""
         feed: Feed = self.extra["feed"]
-        self.write(feed.snapshot())
+        self.write(feed.snapshot().as_dict())
 
 
 def install_dashboard(scheduler: Scheduler, feed: Feed) -> None:

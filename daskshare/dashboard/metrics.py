@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -15,6 +15,8 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+
+from daskshare.dashboard.snapshot import Snapshot
 
 __all__ = ["SCHEDULER_METRICS", "WORKER_METRICS", "ProcessMetrics"]
 
@@ -36,12 +38,12 @@ class ProcessMetrics(Collector):
     for all, as with Dask's own metrics. Sources are called on an event loop, at each scrape.
     """
 
-    def __init__(self, describe: Callable[[Mapping[str, Any]], Iterator[Metric]]) -> None:
+    def __init__(self, describe: Callable[[Any], Iterator[Metric]]) -> None:
         self._describe = describe
         self._lock = threading.Lock()
-        self._sources: dict[int, Callable[[], Mapping[str, Any]]] = {}
+        self._sources: dict[int, Callable[[], Any]] = {}
 
-    def add(self, owner: object, source: Callable[[], Mapping[str, Any]]) -> None:
+    def add(self, owner: object, source: Callable[[], Any]) -> None:
         """Begin to serve what ``source`` returns."""
         with self._lock:
             first = not self._sources
@@ -70,7 +72,6 @@ class ProcessMetrics(Collector):
 
 
 def _worker_metrics(report: Mapping[str, Any]) -> Iterator[Metric]:
-    """Make a worker's metrics of :func:`daskshare.worker_plugin.worker_report`."""
     if "device" in report:
         device = report["device"]
         yield InfoMetricFamily(
@@ -176,17 +177,16 @@ def _model_metrics(models: list[Mapping[str, Any]]) -> Iterator[Metric]:
         yield _family(GaugeMetricFamily, name, text, models, read)
 
 
-def _scheduler_metrics(snapshot: Mapping[str, Any]) -> Iterator[Metric]:
-    """Make a scheduler's metrics of :func:`daskshare.dashboard.snapshot.take_snapshot`."""
+def _scheduler_metrics(snapshot: Snapshot) -> Iterator[Metric]:
     gpus = GaugeMetricFamily(
         "daskshare_scheduler_devices",
         "Devices by the state of daskshare on them.",
         labels=["state"],
     )
     for state in ("ready", "starting", "failed", "absent"):
-        gpus.add_metric([state], sum(gpu["state"] == state for gpu in snapshot["gpus"]))
+        gpus.add_metric([state], sum(gpu["state"] == state for gpu in snapshot.gpus))
     yield gpus
-    models = snapshot["models"]
+    models = snapshot.models
     copies = GaugeMetricFamily(
         "daskshare_scheduler_model_copies",
         "Devices that hold, load or failed to load a model.",
@@ -219,7 +219,7 @@ def _family(
     kind: Callable[..., Any],
     name: str,
     text: str,
-    models: list[Mapping[str, Any]],
+    models: Sequence[Mapping[str, Any]],
     read: Callable[[Mapping[str, Any]], float],
     prefix: str = "daskshare_model",
 ) -> Metric:

@@ -79,7 +79,7 @@ def page_doc(feed: Feed, extra: dict[str, Any], doc: Document) -> None:
         Empty.
     """
     colors = _colors(doc)
-    num_gpus = len(feed.snapshot()["gpus"])
+    num_gpus = len(feed.snapshot().gpus)
     few = num_gpus <= _FEW
     panes = {
         "tiles": TilesPane(feed, colors),

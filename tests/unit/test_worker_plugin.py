@@ -136,7 +136,7 @@ def test_a_report_adds_up_its_models(built):
     assert report["mean_batch_size"] == 12 / 8
     assert report["device"] == {"kind": "cpu"}
     assert "decoder_pyav" in report["chunks"]
-    assert report["recent"]["models"] == {}, "nothing ran since the first report"
+    assert report["recent"]["frames_per_second"] == {}, "nothing ran since the first report"
 
 
 def test_each_share_of_a_process_has_its_own_name(built):

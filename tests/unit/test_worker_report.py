@@ -2,17 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from daskshare._worker_rates import RecentRates
+from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 
 
 def report(busy, idle, **frames):
     """What a share says: seconds spent, and for each model its frames, in batches of 4."""
+    batches = sum(frames.values()) // 4
     return {
         "spent_seconds": {"busy": busy, "scheduler": idle},
-        "models": {
-            key: {"frames": count, "batch_size_counts": {"4": count // 4} if count else {}}
-            for key, count in frames.items()
-        },
+        "models": {k: {"frames": n, "batches": n // 4} for k, n in frames.items()},
+        "batch_bins": {"4": batches} if batches else {},
     }
 
 
@@ -20,7 +19,10 @@ def test_the_first_report_says_nothing_of_what_was_before():
     assert RecentRates().recent(100.0, report(50.0, 50.0, a=400)) == {
         "seconds": 0.0,
         "time_fraction": {"busy": 0.0, "scheduler": 0.0},
-        "models": {},
+        "frames": 0,
+        "batches": 0,
+        "batch_bins": {},
+        "frames_per_second": {},
     }
 
 
@@ -31,10 +33,10 @@ def test_rates_are_differences_over_the_window():
     assert answer == {
         "seconds": 2.0,
         "time_fraction": {"busy": 0.75, "scheduler": 0.25},
-        "models": {
-            "a": {"frames_per_second": 40.0, "batch_size_counts": {"4": 20}},
-            "c": {"frames_per_second": 2.0, "batch_size_counts": {"4": 1}},
-        },
+        "frames": 84,
+        "batches": 21,
+        "batch_bins": {"4": 21},
+        "frames_per_second": {"a": 40.0, "c": 2.0},
     }
 
 
@@ -44,7 +46,7 @@ def test_what_is_older_than_the_window_does_not_count():
         # Ten frames a second, and none in the last five.
         answer = rates.recent(100.0 + second, report(second, 0.0, a=10 * min(second, 6)))
     assert answer["seconds"] == 5.0
-    assert answer["models"]["a"]["frames_per_second"] == pytest.approx(10 / 5)
+    assert answer["frames_per_second"]["a"] == pytest.approx(10 / 5)
 
 
 def test_reports_in_quick_succession_keep_the_window_long_and_small():
@@ -58,7 +60,7 @@ def test_reports_in_quick_succession_keep_the_window_long_and_small():
 def test_reports_rarer_than_the_window_still_give_rates():
     rates = RecentRates(window_seconds=5.0)
     rates.recent(0.0, report(0.0, 0.0, a=0))
-    assert rates.recent(60.0, report(60.0, 0.0, a=600))["models"]["a"]["frames_per_second"] == 10.0
+    assert rates.recent(60.0, report(60.0, 0.0, a=600))["frames_per_second"] == {"a": 10.0}
 
 
 @pytest.mark.parametrize("later", [report(0.5, 0.5, a=4), report(9.0, 9.0, b=4)])
@@ -66,3 +68,29 @@ def test_another_share_begins_anew(later):
     rates = RecentRates()
     rates.recent(100.0, report(5.0, 5.0, a=400))
     assert rates.recent(101.0, later)["seconds"] == 0.0
+
+
+def test_batches_are_binned_by_powers_of_two():
+    counts = [{"1": 5, "3": 1, "4": 2, "64": 7}, {"2": 1, "5": 3, "65": 1}]
+    assert batch_bins(counts) == {"1": 5, "2": 1, "4": 3, "8": 3, "64": 7, "128": 1}
+    assert batch_bins([]) == {}
+
+
+def test_heartbeats_leave_the_histograms_of_each_model_out():
+    engine = {"queue_frames": 3, "batch_size_counts": {"4": 1}}
+    full = {
+        "state": "ready",
+        "models": {
+            "a": {"name": "a", "batch_size_counts": {"4": 1}, "engine": engine},
+            "b": {"name": "b", "batch_size_counts": {}, "engine": None},
+        },
+    }
+    assert for_heartbeat(full) == {
+        "state": "ready",
+        "models": {
+            "a": {"name": "a", "engine": {"queue_frames": 3}},
+            "b": {"name": "b", "engine": None},
+        },
+    }
+    assert engine["batch_size_counts"] == {"4": 1}, "the report itself stays whole"
+    assert for_heartbeat({}) == {"models": {}}
