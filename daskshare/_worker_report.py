@@ -132,7 +132,10 @@ def batch_bins(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def for_heartbeat(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report without what the scheduler has no use for: it gets one of each worker."""
-    return {**report, "models": {k: _slim(m) for k, m in report.get("models", {}).items()}}
+    slim = dict(report)
+    if "models" in slim:
+        slim["models"] = {key: _slim(model) for key, model in slim["models"].items()}
+    return slim
 
 
 def _slim(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,9 +48,9 @@ class Feed:
 
     @property
     def interval_seconds(self) -> float:
-        """How often new numbers come: as often as workers report."""
+        """How often new numbers come: about as often as Dask lets so many workers report."""
         num_workers = len(self._scheduler.workers)
-        return 1.0 if num_workers < 50 else 2.0 if num_workers < 200 else 5.0
+        return 1.0 if num_workers < 50 else 3.0 if num_workers < 200 else 6.0
 
     def snapshot(self) -> Snapshot:
         """Return what workers last reported, put together now or just now."""
