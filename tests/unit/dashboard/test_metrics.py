@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -9,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from daskshare.dashboard.metrics import SCHEDULER_METRICS, WORKER_METRICS, ProcessMetrics
 from daskshare.dashboard.snapshot import take_snapshot
 from tests.unit.dashboard.reports import model, report
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def served(metrics, value):
@@ -115,3 +119,50 @@ def test_the_newest_of_several_servers_answers_and_the_last_one_leaves_nothing()
     list(metrics.collect())
     assert asked == ["two", "one"]
     assert metrics not in REGISTRY._collector_to_names
+
+
+def all_families():
+    snapshot = take_snapshot(0.0, [("a", "tcp://a", BUSY)], {})
+    return [*served(WORKER_METRICS, BUSY), *served(SCHEDULER_METRICS, snapshot)]
+
+
+def test_the_page_on_metrics_lists_each_with_its_type_and_no_other():
+    text = (DOCS / "metrics.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| `(daskshare_\w+)` \| (\w+) \|", text, re.MULTILINE))
+    types = {}
+    for family in all_families():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        # The text format has no type for these; their names say it.
+        types[name] = "info" if name.endswith("_info") else family.type
+    assert listed == types
+
+
+@pytest.mark.parametrize("name", ["grafana.json", "metrics.md"])
+def test_queries_ask_for_what_is_served(name):
+    text = (DOCS / name).read_text("utf-8")
+    served_names = {sample.name for family in all_families() for sample in family.samples}
+    bases = {family.name for family in all_families()}
+    asked = set(re.findall(r"daskshare_[a-z_]+[a-z]", text))
+    assert asked
+    assert asked <= served_names | bases
+
+
+def test_the_dashboard_for_grafana_is_whole():
+    board = json.loads((DOCS / "grafana.json").read_text("utf-8"))
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids)) > 10
+    taken = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert target["datasource"]["uid"] == "${datasource}"
+    assert [v["name"] for v in board["templating"]["list"]] == ["datasource", "model"]
