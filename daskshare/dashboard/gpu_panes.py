@@ -19,7 +19,13 @@ from bokeh.models import (
 )
 from bokeh.plotting import figure
 
-from daskshare.dashboard.markup import STATE_TEXTS, format_seconds, heading
+from daskshare.dashboard.markup import (
+    LEGEND,
+    STATE_TEXTS,
+    format_rate,
+    format_seconds,
+    heading,
+)
 from daskshare.dashboard.snapshot import CELL_STATES, Snapshot
 from daskshare.dashboard.sources import send
 from daskshare.dashboard.theme import Colors
@@ -81,7 +87,7 @@ class GpuPanes:
             one.yaxis.visible = i == 0
         swatches = []
         if "time" in figures:
-            swatches += [(colors.states[s], text) for s, text in STATE_TEXTS.items()]
+            swatches += [(colors.states[s], text) for s, text in LEGEND.items()]
         if "models" in figures:
             swatches += [
                 (colors.load[0], "model: idle"),
@@ -363,7 +369,7 @@ class GpuPanes:
             data["state"] = words
         worded = num_gpus <= _MOST_ROWS_WITH_TEXT and num_models <= _MOST_NAMED_COLUMNS
         if worded:
-            data["text"] = [f"{r:,.0f}" if r else "" for r in rate.ravel().tolist()]
+            data["text"] = [format_rate(one) for one in rate.ravel().tolist()]
         elif "x" in data:
             data["text"] = [""] * rate.size
         send(self._cells, data)

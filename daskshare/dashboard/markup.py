@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -10,7 +10,15 @@ from dask.utils import format_bytes
 
 from daskshare.dashboard.theme import Colors
 
-__all__ = ["format_seconds", "heading", "models_table", "tiles"]
+__all__ = [
+    "LEGEND",
+    "STATE_TEXTS",
+    "format_rate",
+    "format_seconds",
+    "heading",
+    "models_table",
+    "tiles",
+]
 
 #: What a device does, as people say it.
 STATE_TEXTS = {
@@ -20,6 +28,22 @@ STATE_TEXTS = {
     "input": "waiting for input",
     "scheduler": "waiting for the scheduler",
 }
+
+
+#: The same side by side.
+LEGEND = {
+    **STATE_TEXTS,
+    "loading": "loading",
+    "input": "… for input",
+    "scheduler": "… for the scheduler",
+}
+
+
+def format_rate(per_second: float) -> str:
+    """Write a rate in as many digits as help: "0.5", "9.8", "5,204"; nothing when it is none."""
+    if not per_second:
+        return ""
+    return f"{per_second:.1f}" if per_second < 10 else f"{per_second:,.0f}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -44,14 +68,19 @@ def heading(title: str, swatches: Iterable[tuple[str, str]], colors: Colors, not
     )
 
 
-def tiles(totals: Mapping[str, Any], gpus: Iterable[Mapping[str, Any]], colors: Colors) -> str:
+def tiles(totals: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]], colors: Colors) -> str:
     """Return the row of figures that says how the cluster is doing."""
     kinds = {gpu["device_kind"] for gpu in gpus}
     device = "GPU" if kinds <= {"cuda", ""} else "device"
     saved = totals["saved_bytes"]
     problems = [f"{totals[name]} {name}" for name in ("loading", "failed") if totals[name]]
     cells = [
-        (f"{totals['frames_per_second']:,.0f}", "frames/s", f"{totals['frames']:,} in all", False),
+        (
+            format_rate(totals["frames_per_second"]) or "0",
+            "frames/s",
+            f"{totals['frames']:,} in all",
+            False,
+        ),
         (
             f"{totals['gpus_ready']}",
             _plural(device, totals["gpus_ready"]),
@@ -111,13 +140,15 @@ def _tile(figure: str, unit: str, note: str, alarming: bool, colors: Colors) -> 
     )
 
 
-def _idle_reason(gpus: Iterable[Mapping[str, Any]]) -> str:
+def _idle_reason(gpus: Sequence[Mapping[str, Any]]) -> str:
     idle = dict.fromkeys((state for state in STATE_TEXTS if state != "busy"), 0.0)
     for gpu in gpus:
         for state in idle:
             idle[state] += gpu["time_fraction"].get(state, 0.0)
     reason = max(idle, key=lambda state: idle[state])
-    return f"else mostly {STATE_TEXTS[reason]}" if idle[reason] > 0 else "no figures yet"
+    if idle[reason] > 0:
+        return f"else mostly {STATE_TEXTS[reason]}"
+    return "never idle" if any(gpu["time_fraction"].get("busy") for gpu in gpus) else "no figures"
 
 
 _COLUMNS = (
@@ -167,7 +198,7 @@ def _row(number: int, model: Mapping[str, Any], colors: Colors) -> str:
         copies,
         format_bytes(int(each)) if each else "",
         format_bytes(model["saved_bytes"]) if model["saved_bytes"] else "",
-        f"{model['frames_per_second']:,.0f}" if model["frames_per_second"] else "",
+        format_rate(model["frames_per_second"]),
         f"{batch} of {model['max_batch_size']}" if batch and model["max_batch_size"] else batch,
         f"{model['queue_frames']:,}" if model["queue_frames"] else "",
         format_seconds(model["queue_age_seconds"]) if model["queue_frames"] else "",

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from daskshare.dashboard.markup import format_seconds, heading, models_table, tiles
+from daskshare.dashboard.markup import format_rate, format_seconds, heading, models_table, tiles
 from daskshare.dashboard.snapshot import take_snapshot
 from daskshare.dashboard.theme import DARK, LIGHT
 from tests.unit.dashboard.reports import model, report
@@ -16,6 +16,13 @@ from tests.unit.dashboard.reports import model, report
 )
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0, ""), (0.04, "0.0"), (2.94, "2.9"), (12.6, "13"), (5204.4, "5,204")]
+)
+def test_format_rate(rate, text):
+    assert format_rate(rate) == text
 
 
 def words(html):
@@ -38,6 +45,11 @@ def test_tiles_say_why_devices_idle():
     assert "else mostly waiting for decoding" in text
     assert "1,234 in all" in text
     assert "1 GPU ready" in text
+
+
+def test_tiles_of_devices_that_are_never_idle_or_have_no_figures():
+    assert "never idle" in shown(snapshot(report("a", time_fraction={"busy": 1.0})))
+    assert "no figures" in shown(snapshot({}))
 
 
 def test_tiles_name_what_is_wrong_in_the_colour_for_it():
