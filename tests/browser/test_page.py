@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -32,6 +33,8 @@ def keep_calling(model, stop_name):
     while not stop.is_set():
         for _ in range(20):
             model(np.ones((5, 2)))
+            # Leaves the browser some of a small machine.
+            time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
