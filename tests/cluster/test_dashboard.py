@@ -48,7 +48,7 @@ def snapshot_when(client, condition):
     async def poll(dask_scheduler):
         async with asyncio.timeout(TIMEOUT):
             feed = dask_scheduler.plugins["daskshare"].feed
-            while not condition(feed.snapshot()):  # noqa: ASYNC110
+            while not condition(feed.snapshot().as_dict()):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         return dask_scheduler.http_server.port
 
@@ -181,7 +181,7 @@ def test_a_model_that_cannot_be_loaded_is_shown_as_failed(client):
     broken = SharedModel(FakeSpec(name="broken", load_error="no weights"))
     futures = client.map(broken, [np.ones((1, 2))], pure=False, retries=0)
     assert isinstance(futures[0].exception(TIMEOUT), daskshare.errors.ModelLoadError)
-    state = snapshot_when(client, lambda s: any(m["name"] == "broken" for m in s["models"]))
+    state = snapshot_when(client, lambda s: any(m["failed"] for m in s["models"]))
     [model] = [m for m in state["models"] if m["name"] == "broken"]
     assert (model["copies"], model["failed"]) == (0, 1)
     assert "no weights" in model["error"]
