@@ -55,11 +55,7 @@ class ModelsPane:
         self._colors = colors
         self._table = Div(text="", sizing_mode="stretch_width", stylesheets=[_WIDE])
         self.root = column(
-            Div(
-                text=heading("Models", (), colors),
-                sizing_mode="stretch_width",
-                height=20,
-            ),
+            Div(text=heading("Models", (), colors), sizing_mode="stretch_width"),
             self._table,
             sizing_mode="stretch_both",
         )
@@ -80,7 +76,7 @@ class ThroughputPane:
         self._names: dict[str, str] = {}
         self._fields = [f"band{i}" for i in range(len(colors.series) + 1)]
         self._source = ColumnDataSource({"ago": [], **{name: [] for name in self._fields}})
-        self._legend = Div(text="", sizing_mode="stretch_width", height=20)
+        self._legend = Div(text="", sizing_mode="stretch_width")
         self._rate = Range1d(0, 1)
         self._ago = Range1d(-_LEAST_SECONDS, 0)
         fig = figure(
@@ -154,7 +150,7 @@ class BatchPane:
         self._colors = colors
         self._source = ColumnDataSource({"size": [], "recent": [], "all": []})
         self._sizes = FactorRange()
-        self._legend = Div(text="", sizing_mode="stretch_width", height=20)
+        self._legend = Div(text="", sizing_mode="stretch_width")
         fig = figure(
             tools="",
             x_range=self._sizes,

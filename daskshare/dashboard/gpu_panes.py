@@ -96,8 +96,8 @@ class GpuPanes:
             ]
             swatches += [] if "time" in figures else [(colors.loading, "loading")]
         if "memory" in figures:
-            swatches += [(colors.memory, "one copy"), (colors.unshared, "a copy per task")]
-        legend = Div(text=heading("GPUs", swatches, colors), sizing_mode="stretch_width", height=20)
+            swatches += [(colors.memory, "one copy"), (colors.unshared, "copy per task")]
+        legend = Div(text=heading("GPUs", swatches, colors), sizing_mode="stretch_width")
         self.root = column(
             legend,
             row(*self._figures.values(), sizing_mode="stretch_both", spacing=4),
@@ -166,7 +166,7 @@ class GpuPanes:
             "Memory",
             self._memory,
             tips,
-            **self._narrow(160),
+            **self._narrow(120),
         )
         fig.hbar(
             y="y",
@@ -186,13 +186,13 @@ class GpuPanes:
         )
         fig.xaxis.formatter = NumeralTickFormatter(format="0 ib")
         fig.xaxis.ticker = BasicTicker(
-            base=1024, mantissas=[2**i for i in range(10)], desired_num_ticks=3
+            base=1024, mantissas=[2**i for i in range(10)], desired_num_ticks=2
         )
         return fig
 
     def _queue_figure(self) -> Any:
         tips = [("GPU", "@name"), ("waiting", "@queue{0,0} frames"), ("oldest", "@age{0.000} s")]
-        fig = self._figure("Frames waiting", self._queue, tips, **self._narrow(130))
+        fig = self._figure("Queue", self._queue, tips, **self._narrow(105))
         mapper = LinearColorMapper(
             palette=[self._colors.queue, self._colors.loading, self._colors.old], low=0.0, high=3.0
         )
@@ -287,13 +287,13 @@ class GpuPanes:
         named = len(labels) <= _MOST_NAMED_COLUMNS
         fig = self._figures["models"]
         fig.xaxis.major_label_overrides = {
-            i: _short(label) if named else str(i + 1) for i, label in enumerate(labels)
+            i: _short(label, 13) if named else str(i + 1) for i, label in enumerate(labels)
         }
         self._column_ticker.ticks = list(range(len(labels)))
         self._columns.end = max(len(labels), 1) - 0.5
         if len(self._figures) > 1:
             fig.sizing_mode = "stretch_height"
-            fig.width = 20 + (120 if named else 21) * max(len(labels), 1)
+            fig.width = 20 + (84 if named else 18) * max(len(labels), 1)
 
     def _send_gpus(self, gpus: list[dict[str, Any]]) -> None:
         count = len(gpus)

@@ -184,11 +184,13 @@ def models_table(models: Iterable[Mapping[str, Any]], colors: Colors) -> str:
 def _row(number: int, model: Mapping[str, Any], colors: Colors) -> str:
     copies = f"{model['copies']:,}"
     if model["loading"]:
-        copies += f' <span style="color:{colors.loading}">+{model["loading"]} loading</span>'
+        copies += (
+            f' <span style="color:{colors.loading}" title="loading">+{model["loading"]}</span>'
+        )
     if model["failed"]:
         copies += (
             f' <span style="color:{colors.failed}" title="{escape(model["error"])}">'
-            f"{model['failed']} failed</span>"
+            f"&times;{model['failed']}</span>"
         )
     each = model["bytes"] / model["copies"] if model["copies"] else 0
     batch = f"{model['mean_batch_size']:.1f}" if model["batches"] else ""
