@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
+
+from benchmarks.dashboard_cost import simulated_cluster
 
 ROOT = Path(__file__).parents[2]
 #: Bound of every wait.
@@ -40,6 +45,28 @@ const colours = new Set();
 })(document.body);
 return Array.from(colours);
 """
+
+
+@contextlib.contextmanager
+def simulated(num_gpus, num_models):
+    """Address of a dashboard whose GPUs and models are simulated, all of them."""
+    ready, stop = threading.Event(), threading.Event()
+    port = []
+
+    async def run():
+        async with simulated_cluster(num_gpus, num_models) as scheduler:
+            port.append(scheduler.http_server.port)
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        assert ready.wait(TIMEOUT)
+        yield f"http://127.0.0.1:{port[0]}"
+    finally:
+        stop.set()
+        thread.join(TIMEOUT)
 
 
 class Browser:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
 import time
 from urllib.parse import urlsplit
 
@@ -13,12 +11,11 @@ import pytest
 from distributed import Client, Event
 
 import daskshare
-from benchmarks.dashboard_cost import simulated_cluster
 from daskshare.client import SharedModel
 from daskshare.dashboard.pages import PANES
 from daskshare.dashboard.theme import DARK, LIGHT
 from daskshare.testing import FakeSpec
-from tests.browser.conftest import TIMEOUT
+from tests.browser.conftest import simulated
 from tests.cluster.conftest import importable_by_subprocesses, start
 
 __all__ = ["importable_by_subprocesses"]
@@ -54,22 +51,8 @@ def loaded_url(importable_by_subprocesses):
 
 @pytest.fixture(scope="module")
 def large_url():
-    """Address of a dashboard of 100 GPUs and 20 models, all of them simulated."""
-    ready, stop = threading.Event(), threading.Event()
-    port = []
-
-    async def run():
-        async with simulated_cluster(100, 20) as scheduler:
-            port.append(scheduler.http_server.port)
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    assert ready.wait(TIMEOUT)
-    yield f"http://127.0.0.1:{port[0]}"
-    stop.set()
-    thread.join(TIMEOUT)
+    with simulated(100, 20) as url:
+        yield url
 
 
 def frames(browser):
