@@ -110,7 +110,7 @@ def tiles(totals: Mapping[str, Any], gpus: Sequence[Mapping[str, Any]], colors: 
         (
             format_bytes(totals["model_bytes"]),
             "of weights",
-            f"{format_bytes(saved)} less than a copy per task" if saved else "one task a copy",
+            f"{format_bytes(saved)} saved by sharing" if saved else "one task a copy",
             False,
         ),
     ]
@@ -147,7 +147,7 @@ def _idle_reason(gpus: Sequence[Mapping[str, Any]]) -> str:
             idle[state] += gpu["time_fraction"].get(state, 0.0)
     reason = max(idle, key=lambda state: idle[state])
     if idle[reason] > 0:
-        return f"else mostly {STATE_TEXTS[reason]}"
+        return f"idle: {STATE_TEXTS[reason]}"
     return "never idle" if any(gpu["time_fraction"].get("busy") for gpu in gpus) else "no figures"
 
 

@@ -42,7 +42,7 @@ def test_tiles_say_why_devices_idle():
     fractions = {"busy": 0.2, "decoding": 0.5, "scheduler": 0.3}
     text = shown(snapshot(report("a", model(frames=1234), time_fraction=fractions)))
     assert "20% busy" in text
-    assert "else mostly waiting for decoding" in text
+    assert "idle: waiting for decoding" in text
     assert "1,234 in all" in text
     assert "1 GPU ready" in text
 
@@ -72,7 +72,7 @@ def test_tiles_without_gpus_speak_of_devices():
 
 
 def test_memory_saved():
-    assert "less than a copy per task" in shown(snapshot(report("a", model(peak_leases=3))))
+    assert "saved by sharing" in shown(snapshot(report("a", model(peak_leases=3))))
     assert "one task a copy" in shown(snapshot(report("a", model())))
 
 
