@@ -11,11 +11,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from bokeh.client import pull_session
-from distributed import Client
+from distributed import Client, Scheduler
 from prometheus_client.parser import text_string_to_metric_families
 
 import daskshare
 from daskshare.client import SharedModel
+from daskshare.dashboard.metrics import SCHEDULER_METRICS
+from daskshare.scheduler_plugin import install_on_scheduler
 from daskshare.testing import FakeSpec
 from tests.cluster.conftest import TIMEOUT, start
 from tests.cluster.test_preload import SCHEDULER_SCRIPT, cluster
@@ -212,3 +214,34 @@ def test_workers_of_one_process_are_one_device():
         [gpu] = state["gpus"]
         assert len(gpu["workers"]) == 2
         assert state["totals"]["copies"] == 1
+
+
+def test_behind_a_proxys_prefix():
+    async def run():
+        async with Scheduler(
+            host="127.0.0.1",
+            port=0,
+            dashboard_address="127.0.0.1:0",
+            http_prefix="/proxy/8787",
+        ) as scheduler:
+            await install_on_scheduler(scheduler)
+            base = f"http://127.0.0.1:{scheduler.http_server.port}/proxy/8787"
+            pages = [f"{base}/daskshare", *(f"{base}{url}" for url in sorted(PANES))]
+            return await asyncio.gather(
+                *(asyncio.to_thread(get, url) for url in (*pages, f"{base}/json/daskshare.json"))
+            )
+
+    *pages, numbers = asyncio.run(run())
+    assert all("bokeh" in page for page in pages)
+    assert json.loads(numbers)["gpus"] == []
+
+
+def test_the_last_scheduler_of_a_process_leaves_no_metrics():
+    async def run():
+        async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+            await install_on_scheduler(scheduler)
+            plugin = scheduler.plugins["daskshare"]
+            assert id(plugin) in SCHEDULER_METRICS._sources
+        return plugin
+
+    assert id(asyncio.run(run())) not in SCHEDULER_METRICS._sources
