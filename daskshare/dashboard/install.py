@@ -31,7 +31,8 @@ class SnapshotJSON(RequestHandler):
     def get(self) -> None:
         """Write the snapshot."""
         feed: Feed = self.extra["feed"]
-        self.write(feed.snapshot().as_dict())
+        self.set_header("Content-Type", "application/json; charset=UTF-8")
+        self.write(feed.snapshot().json)
 
 
 def install_dashboard(scheduler: Scheduler, feed: Feed) -> None:

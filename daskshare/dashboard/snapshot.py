@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,11 @@ class Snapshot:
         """
         view: np.ndarray = self.cells[:, :, _COLUMNS[name]]
         return view
+
+    @cached_property
+    def json(self) -> bytes:
+        """What :meth:`as_dict` returns as JSON; made once, however many ask for it."""
+        return json.dumps(self.as_dict(), allow_nan=False).encode()
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; each GPU lists its ``models`` by key."""

@@ -148,7 +148,8 @@ def test_as_dict_is_plain_and_lists_models_by_device():
         report("a", model(frames=3), rates={"key-of-m": 1.5}),
         report("b", model("n", state="unloaded", load_error="gone", model_bytes=0)),
     )
-    plain = json.loads(json.dumps(snapshot.as_dict()))
+    plain = json.loads(snapshot.json)
+    assert snapshot.json is snapshot.json
     first, second = plain["gpus"]
     assert list(first["models"]) == ["key-of-m"]
     assert first["models"]["key-of-m"]["frames"] == 3
