@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from daskshare.errors import ConfigurationError, InvalidInputError, NotOnWorkerError
 from daskshare.models.spec import Detections, FrameSource, ModelSpec
 from daskshare.models.torch_model import torch_model_spec
+from daskshare.option_names import check_option_names
 from daskshare.scheduler_plugin import install_on_scheduler
 from daskshare.streaming import stream
 from daskshare.worker_plugin import current_task, local_share, worker_report_async
@@ -342,13 +343,16 @@ def install(client: Client) -> Any:
     Raises
     ------
     ConfigurationError
-        When the scheduler or a worker has no daskshare.
+        When the scheduler or a worker has no daskshare, or Dask's configuration here holds an
+        option of daskshare that does not exist.
 
     Notes
     -----
     Not needed on clusters started with one of the preload scripts in ``plugins/``. Loads no model.
     """
-    return _client(client).sync(_install, client)
+    client = _client(client)
+    check_option_names()
+    return client.sync(_install, client)
 
 
 async def _install(client: Client) -> None:

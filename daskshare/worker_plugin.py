@@ -13,6 +13,7 @@ from distributed import Status, Worker, WorkerPlugin, get_worker
 
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
 from daskshare.errors import NotOnWorkerError
+from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _build_share(task_threads: int) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
+    check_option_names()
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 #: From the ground up. Modules of one floor may import each other, but not in a circle.
 FLOORS: list[list[str]] = [
     ["errors", "sizeof"],
-    ["config"],
+    ["config", "option_names"],
     ["batching", "placement", "chunking"],
     ["device"],
     ["models.spec"],
@@ -33,7 +33,8 @@ FLOORS: list[list[str]] = [
     ["spark", "spark.*"],
     ["dashboard", "dashboard.*"],
     ["testing"],
-    ["cli", "demo", "__main__"],
+    ["doctor", "doctor.*"],
+    ["cli", "_cli_*", "demo", "__main__"],
 ]
 
 #: Programs, which use daskshare as anybody does.
