@@ -172,6 +172,17 @@ class Detections:
         """Class names of the objects, in order."""
         return [self.class_names[i] for i in self.class_id]
 
+    def _repr_html_(self) -> str:
+        """Show the objects as a table, in notebooks."""
+        from daskshare.html_repr import table
+
+        rows = [
+            [name, float(confidence), *(round(float(side), 1) for side in box)]
+            for name, confidence, box in zip(self.names(), self.confidence, self.xyxy, strict=True)
+        ]
+        title = f"{len(self):,} object{'' if len(self) == 1 else 's'}"
+        return table(title, ("class", "confidence", "x_min", "y_min", "x_max", "y_max"), rows)
+
 
 @dataclass(slots=True)
 class FrameBatch:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 
 #: From the ground up. Modules of one floor may import each other, but not in a circle.
 FLOORS: list[list[str]] = [
-    ["errors", "sizeof"],
+    ["errors", "html_repr", "sizeof"],
     ["config", "option_names"],
     ["batching", "placement", "chunking"],
     ["device"],
@@ -26,6 +26,7 @@ FLOORS: list[list[str]] = [
     ["streaming"],
     ["worker_plugin"],
     ["scheduler_plugin"],
+    ["notebook"],
     ["client"],
     ["cluster"],
     ["video", "video.*"],
