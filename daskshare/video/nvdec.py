@@ -1,14 +1,15 @@
 """Decode a chunk on a CUDA device with PyNvVideoCodec; frames never visit the host.
 
 PyAV demultiplexes, so that both decoders follow the same plan of packets; NVDEC decodes into
-NV12 or P016 surfaces; a CuPy kernel turns each into RGB. Whatever NVDEC cannot do, or fails to do
-half-way, goes to PyAV, and the stream says so.
+NV12 or P016 surfaces; one CuPy kernel turns each into RGB, letterboxed for the network where that
+is asked for. Whatever NVDEC cannot do, or fails to do half-way, goes to PyAV, and the stream says
+so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from daskshare.errors import VideoError
 from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 from daskshare.models.spec import FrameBatch
 from daskshare.video import decode
+from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from daskshare.device import Device
     from daskshare.video.chunk import VideoChunk
 
-__all__ = ["NvdecFrames", "SessionKey", "open_frames", "refusal"]
+__all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
 
 # Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
 _CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
@@ -43,7 +45,7 @@ class _NvdecFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """What a decoding session depends on; chunks with equal keys could share one.
+    """What a decoding session depends on; chunks with equal keys use the same ones in turn.
 
     Parameters
     ----------
@@ -157,48 +159,84 @@ class _Session:
             data.key = int(packet.is_keyframe)
         return list(self._decoder.Decode(data))
 
-    def to_rgb(self, surface: Any, out: torch.Tensor, conversion: YuvConversion) -> None:
-        """Queue the conversion of a surface into one frame of a batch."""
+    def converter(
+        self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
+    ) -> Callable[[Any, torch.Tensor], None]:
+        """Return what queues the conversion of a surface like ``surface`` into one frame."""
         import torch
 
         luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
         sample_bytes = 1 if self.key.bit_depth == 8 else 2
         format_name = str(getattr(surface.format, "name", surface.format))
         # Chroma follows luma in one allocation, which tells the distance between rows.
-        pitch, rest = divmod(chroma - luma, self.key.height)
+        distance = chroma - luma
+        pitch, rest = divmod(distance, self.key.height)
         expected = "NV12" if sample_bytes == 1 else "P016"
         if format_name != expected or rest or pitch < self.key.width * sample_bytes:
             raise _NvdecFailed(
-                f"got a {format_name} surface of shape {surface.shape} with {chroma - luma} bytes "
+                f"got a {format_name} surface of shape {surface.shape} with {distance} bytes "
                 f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
             )
-        with torch.cuda.device(self.key.device_index):
-            surface_to_rgb(
-                luma,
-                chroma,
-                out,
-                conversion,
-                luma_pitch_bytes=pitch,
-                chroma_pitch_bytes=pitch,
-                sample_bytes=sample_bytes,
-                stream=self.stream.cuda_stream,
-            )
+        if input_size is not None:
+            from daskshare.kernels.preprocess import Letterbox
+            from daskshare.kernels.surface import SurfaceLetterbox
+
+            with torch.cuda.device(self.key.device_index):
+                to_input = SurfaceLetterbox(
+                    Letterbox(self.key.height, self.key.width, *input_size),
+                    conversion,
+                    pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    device_index=self.key.device_index,
+                    stream=self.stream.cuda_stream,
+                )
+
+        def convert(surface: Any, out: torch.Tensor) -> None:
+            luma = int(surface.GetPtrToPlane(0))
+            with torch.cuda.device(self.key.device_index):
+                if input_size is not None:
+                    to_input(luma, luma + distance, out.data_ptr())
+                else:
+                    surface_to_rgb(
+                        luma,
+                        luma + distance,
+                        out,
+                        conversion,
+                        luma_pitch_bytes=pitch,
+                        chroma_pitch_bytes=pitch,
+                        sample_bytes=sample_bytes,
+                        stream=self.stream.cuda_stream,
+                    )
+
+        return convert
+
+    def drain(self) -> None:
+        """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
+        self.decode(None, 0)
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Give the decoder's surfaces back, after the kernels that still read them."""
+        self.stream.synchronize()
+        self._decoder = None
 
 
-@contextmanager
-def _session(key: SessionKey) -> Iterator[_Session]:
-    """A session for one chunk. The one place to change for sharing sessions between chunks."""
-    session = _Session(key)
-    try:
-        yield session
-    finally:
-        # The decoder's surfaces must not be freed under kernels that still read them.
-        session.stream.synchronize()
+_sessions: SessionPool[SessionKey, _Session] = SessionPool(_Session)
+
+
+def close_idle_sessions() -> None:
+    """Close the decoding sessions of this process that no chunk uses; from any thread."""
+    _sessions.close_idle()
 
 
 @contextmanager
 def open_frames(
-    chunk: VideoChunk, device: Device, *, batch_frames: int, fall_back: bool
+    chunk: VideoChunk,
+    device: Device,
+    *,
+    batch_frames: int,
+    fall_back: bool,
+    input_size: tuple[int, int] | None = None,
 ) -> Iterator[NvdecFrames]:
     """Open a chunk for decoding on a CUDA device.
 
@@ -211,13 +249,22 @@ def open_frames(
         Most frames in a batch.
     fall_back : bool
         Whether PyAV goes on where NVDEC fails; otherwise VideoError is raised.
+    input_size : tuple of int, optional
+        Height and width to which frames are letterboxed; not those of rotated video.
 
     Yields
     ------
     NvdecFrames
     """
     with open_av(chunk.video, storage_options=chunk.storage_options) as container:
-        yield NvdecFrames(chunk, container, device, batch_frames=batch_frames, fall_back=fall_back)
+        yield NvdecFrames(
+            chunk,
+            container,
+            device,
+            batch_frames=batch_frames,
+            fall_back=fall_back,
+            input_size=None if chunk.rotation else input_size,
+        )
 
 
 class NvdecFrames:
@@ -230,6 +277,7 @@ class NvdecFrames:
     device : Device
     batch_frames : int
     fall_back : bool
+    input_size : tuple of int or None
 
     Attributes
     ----------
@@ -249,7 +297,9 @@ class NvdecFrames:
         *,
         batch_frames: int,
         fall_back: bool,
+        input_size: tuple[int, int] | None = None,
     ) -> None:
+        self._input_size = input_size
         self.decoder = "nvdec"
         self.decoder_note = ""
         self.problem = ""
@@ -292,10 +342,12 @@ class NvdecFrames:
         stream = decode.video_stream(self._container, chunk)
         conversion = decode.stream_conversion(stream)
         pts = chunk.pts()
-        capacity, height, width = self._batch_frames, key.height, key.width
+        capacity = self._batch_frames
+        height, width = self._input_size or (key.height, key.width)
         emitted = size = 0
-        with _session(key) as session:
+        with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
+            convert: Callable[[Any, torch.Tensor], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
@@ -309,7 +361,9 @@ class NvdecFrames:
                             dtype=torch.uint8,
                             device=self._device.torch_device(),
                         )
-                session.to_rgb(surface, batch[size], conversion)
+                if convert is None:
+                    convert = session.converter(surface, conversion, self._input_size)
+                convert(surface, batch[size])
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
@@ -362,6 +416,7 @@ class NvdecFrames:
             frames=frames,
             first_frame=self._chunk.first_frame + emitted,
             pts_seconds=pts[emitted : emitted + count] * float(self._chunk.time_base),
+            source_size=(self._chunk.height, self._chunk.width) if self._input_size else None,
         )
 
 

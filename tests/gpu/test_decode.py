@@ -104,6 +104,39 @@ def test_same_frames_as_on_the_cpu(name, device, tmp_path):
     assert_within_one_level(got, expected)
 
 
+@pytest.mark.parametrize("name", ["h264-open.mp4", "hevc-ten-bit.mkv", "av1.mp4"])
+def test_letterboxed_on_the_way_equals_letterboxed_afterwards(name, device, tmp_path):
+    import torch
+
+    from daskshare.kernels.preprocess import letterbox_cuda
+
+    codec, pixel_format, options = CASES[name]
+    path = write_clip(tmp_path / name, codec, pixel_format, options)
+    for chunk in probe_videos(path, chunk_seconds=0.5):
+        with chunk.open_frames(device=device, decoder="nvdec", input_size=(96, 416)) as stream:
+            batches = list(stream)
+        with chunk.open_frames(device=device, decoder="nvdec") as stream:
+            whole = list(stream)
+        assert len(batches) == len(whole)
+        for batch, expected in zip(batches, whole, strict=True):
+            assert batch.source_size == (240, 320)
+            target = torch.empty_like(batch.frames)
+            letterbox_cuda(expected.frames, target)
+            assert torch.equal(batch.frames, target)
+            assert (batch.pts_seconds == expected.pts_seconds).all()
+
+
+def test_chunks_in_turn_use_one_session(device, tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", *CASES["h264.mp4"])
+    chunks = probe_videos(path, chunk_seconds=0.5)
+    opened = nvdec._sessions.opened
+    # Out of order and each twice: what one chunk leaves must not reach the next.
+    for chunk in [*chunks[::-1], *chunks]:
+        with chunk.open_frames(device=device, batch_frames=3, decoder="nvdec") as stream:
+            assert sum(len(batch.frames) for batch in stream) == chunk.num_frames
+    assert nvdec._sessions.opened == opened + 1
+
+
 @pytest.mark.parametrize("turn", [90, 180, -90])
 def test_rotated(turn, device, tmp_path):
     path = write_clip(tmp_path / "turned.mp4", *CASES["h264.mp4"], frames=10, turn=turn)
