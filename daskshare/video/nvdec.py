@@ -136,6 +136,7 @@ class _Session:
         import torch
 
         self.key = key
+        self._base = self._latest = 0
         with torch.cuda.device(key.device_index):
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
@@ -147,17 +148,26 @@ class _Session:
                 usedevicememory=True,
             )
 
-    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[Any]:
-        """Feed a packet (``None``: drain) with its time; returns surfaces in display order."""
+    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[tuple[Any, int]]:
+        """Feed a packet (``None``: drain) with its time; returns surfaces in display order.
+
+        Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
+        the decoder at once: those that come during the next chunk are recognised and left out.
+        """
         import PyNvVideoCodec
 
         data = PyNvVideoCodec.PacketData()
         if packet is not None:
             data.bsl = packet.size
             data.bsl_data = packet.buffer_ptr
-            data.pts = ticks
+            data.pts = self._base + ticks
+            self._latest = max(self._latest, data.pts)
             data.key = int(packet.is_keyframe)
-        return list(self._decoder.Decode(data))
+        return [
+            (surface, int(surface.timestamp) - self._base)
+            for surface in self._decoder.Decode(data)
+            if surface.timestamp >= self._base
+        ]
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
@@ -213,6 +223,7 @@ class _Session:
     def drain(self) -> None:
         """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
         self.decode(None, 0)
+        self._base = self._latest + 1
         self.stream.synchronize()
 
     def close(self) -> None:
@@ -398,10 +409,10 @@ class NvdecFrames:
                 parts[0] = _with_prefix(parameter_sets, parts[0])
                 parameter_sets = b""
             for part in parts:
-                # Times are counted from the chunk's start so that they are small in the parser.
+                # Times are counted from the chunk's start, whatever a session did before.
                 ticks = 0 if part is None or part.pts is None else part.pts - origin
-                for surface in session.decode(part, ticks):
-                    yield surface, int(surface.timestamp) + origin
+                for surface, time in session.decode(part, ticks):
+                    yield surface, time + origin
         if numbers.errors:
             raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
 

@@ -45,6 +45,11 @@ def device():
     return current_device()
 
 
+def can_decode(name, device):
+    """Whether the chip has a decoder; only AV1's is missing on some."""
+    return name != "av1.mp4" or nvdec._capabilities(device.index, "av1", 8)["num_decoder_engines"]
+
+
 def write_clip(path, codec, pixel_format, options, *, frames=60, width=320, height=240, turn=0):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
@@ -100,11 +105,15 @@ def test_same_frames_as_on_the_cpu(name, device, tmp_path):
     expected, decoders, _ = frames_of(chunks, decoder="pyav")
     assert decoders == {"pyav"}
     got, decoders, notes = frames_of(chunks, device=device, decoder="auto")
-    assert decoders == {"nvdec"}, notes
+    if can_decode(name, device):
+        assert decoders == {"nvdec"}, notes
+    else:
+        assert decoders == {"pyav"}
+        assert all("the GPU does not decode" in note for note in notes)
     assert_within_one_level(got, expected)
 
 
-@pytest.mark.parametrize("name", ["h264-open.mp4", "hevc-ten-bit.mkv", "av1.mp4"])
+@pytest.mark.parametrize("name", ["h264-open.mp4", "hevc-ten-bit.mkv", "vp9.webm"])
 def test_letterboxed_on_the_way_equals_letterboxed_afterwards(name, device, tmp_path):
     import torch
 

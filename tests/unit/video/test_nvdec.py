@@ -37,8 +37,8 @@ class StandInSession:
         if packet is not None:
             copy = av.Packet(bytes(packet))
             copy.pts, packet = ticks, copy
-        surfaces = [SimpleNamespace(timestamp=f.pts, frame=f) for f in self.context.decode(packet)]
-        return [s for s in surfaces if s.timestamp not in self.drop]
+        frames = self.context.decode(packet)
+        return [(SimpleNamespace(frame=f), f.pts) for f in frames if f.pts not in self.drop]
 
     def converter(self, surface, conversion, input_size):
         def convert(surface, out):
