@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import trackpy
 from distributed import Client
 
@@ -111,9 +110,7 @@ def crossings(tracked, line, *, min_detections=5):
 
 def count_video(video, folder, size):
     """One video's task: its rows of the table to tracks and counts."""
-    table = read_detections(folder)
-    own = pc.equal(table["video"].cast("string"), video)
-    rows = table.filter(own).select(["frame", *CORNERS]).to_pandas()
+    rows = read_detections(folder, video=video).select(["frame", *CORNERS]).to_pandas()
     width, height = size
     tracked = follow(rows, reach_pixels=0.05 * width)
     line = [(x * width, y * height) for x, y in LINE]

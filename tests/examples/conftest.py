@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,7 +29,8 @@ def short_clip(tmp_path_factory) -> Path:
         stream.width, stream.height, stream.pix_fmt = 640, 272, "yuv420p"
         for number, frame in enumerate(source.decode(video=0)):
             if FIRST <= number < LAST:
-                frame.pts, frame.pict_type = None, 0
+                frame.pts, frame.time_base = number - FIRST, Fraction(1, 25)
+                frame.pict_type = 0
                 target.mux(stream.encode(frame))
         target.mux(stream.encode(None))
     return path
