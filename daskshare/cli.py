@@ -189,8 +189,8 @@ def detect(
 ) -> None:
     """Find objects in videos (files, folders, globs, URLs) and write them as Parquet.
 
-    OUTPUT/detections/*.parquet gets one row a detection, OUTPUT/chunks.parquet one row a piece of
-    video. Run the same command again after an interruption: only what is missing is done.
+    The Parquet files in OUTPUT/detections get one row a detection, OUTPUT/chunks.parquet one row a
+    piece of video. Run the same command again after an interruption: only what is missing is done.
 
     Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
     command tries them again); 130 interrupted.

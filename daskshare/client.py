@@ -316,7 +316,11 @@ def yolov3(
 
     Examples
     --------
-    >>> yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus"])   # doctest: +SKIP
+    >>> yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus"])
+    >>> yolo.name
+    'yolov3-tiny'
+    >>> client.submit(yolo, frames).result()                         # doctest: +SKIP
+    [Detections(...), Detections(...)]
     """
     from daskshare.models.yolov3 import yolov3_spec
 

@@ -1,4 +1,4 @@
-"""Sphinx builds the documentation by this: `make docs`, with warnings as errors, without network."""
+"""How Sphinx builds the documentation: `make docs`, with warnings as errors, without network."""
 
 from __future__ import annotations
 
@@ -30,10 +30,6 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
-suppress_warnings = [
-    # Pages of parts that are not there (yet) leave an empty pattern in a table of contents.
-    "toc.empty_glob",
-]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -44,8 +40,9 @@ autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
-# Examples that need a cluster or a video are run too: see the pages' testsetup.
-doctest_test_doctest_blocks = ""
+# Examples of docstrings are run too, those of one page after another in one namespace.
+doctest_test_doctest_blocks = "docstrings"
+doctest_global_setup = "import daskshare"
 trim_doctest_flags = True
 
 html_theme = "sphinx_book_theme"
@@ -57,16 +54,25 @@ html_theme_options = {
     "navigation_with_keys": False,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    # One field to search with is enough: the one in the side bar.
+    "navbar_persistent": [],
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def without_links_out_of_the_site(app: object, docname: str, source: list[str]) -> None:
-    """Turn links to files beside docs/ into plain words: they lead nowhere on a site."""
-    source[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+def adapt(app: object, docname: str, source: list[str]) -> None:
+    """Fit pages that are also read in the repository to the site."""
+    # Links to files beside docs/ lead nowhere on a site: leave the words.
+    text = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", source[0])
+    # Sphinx warns of a pattern in a table of contents that no page answers to.
+    here = Path(__file__).parent
+    text = re.sub(
+        r"^([a-z]+\*)\n", lambda m: m[0] if any(here.glob(f"{m[1]}.*")) else "", text, flags=re.M
+    )
+    source[0] = text
 
 
 def setup(app) -> None:  # type: ignore[no-untyped-def]
     """Connect what is ours."""
-    app.connect("source-read", without_links_out_of_the_site)
+    app.connect("source-read", adapt)

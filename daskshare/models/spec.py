@@ -131,7 +131,7 @@ class Program(Protocol):
         ...
 
     def forward(self, batch: torch.Tensor) -> Any:
-        """Compute a batch (n, *item_shape) on the device.
+        """Compute a batch ``(n, *item_shape)`` on the device.
 
         Returns a tensor, or a tuple, list or dict of tensors, each with n as its first axis.
         """
