@@ -39,6 +39,10 @@ _BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12
 _START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 
 
+# Decoding waits for its copies and conversions, which are short; the network's kernels are long.
+_STREAM_PRIORITY = -1
+
+
 class _NvdecFailed(Exception):
     """NVDEC cannot go on with this chunk."""
 
@@ -138,7 +142,7 @@ class _Session:
         self.key = key
         self._base = self._latest = 0
         with torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(priority=_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
             self._decoder = PyNvVideoCodec.CreateDecoder(
                 gpuid=key.device_index,
@@ -171,8 +175,8 @@ class _Session:
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
-    ) -> Callable[[Any, torch.Tensor], None]:
-        """Return what queues the conversion of a surface like ``surface`` into one frame."""
+    ) -> Callable[[Any, torch.Tensor, int], None]:
+        """Return what queues the conversion of a surface like ``surface`` into a batch's frame."""
         import torch
 
         luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
@@ -201,22 +205,31 @@ class _Session:
                     stream=self.stream.cuda_stream,
                 )
 
-        def convert(surface: Any, out: torch.Tensor) -> None:
+        def convert(surface: Any, batch: torch.Tensor, position: int) -> None:
             luma = int(surface.GetPtrToPlane(0))
-            with torch.cuda.device(self.key.device_index):
-                if input_size is not None:
-                    to_input(luma, luma + distance, out.data_ptr())
-                else:
-                    surface_to_rgb(
-                        luma,
-                        luma + distance,
-                        out,
-                        conversion,
-                        luma_pitch_bytes=pitch,
-                        chroma_pitch_bytes=pitch,
-                        sample_bytes=sample_bytes,
-                        stream=self.stream.cuda_stream,
-                    )
+            # All tasks share one interpreter, and this runs for each frame: no tensor is made,
+            # and no device is set that is already current.
+            if torch.cuda.current_device() == self.key.device_index:
+                queue(luma, batch, position)
+            else:
+                with torch.cuda.device(self.key.device_index):
+                    queue(luma, batch, position)
+
+        def queue(luma: int, batch: torch.Tensor, position: int) -> None:
+            if input_size is not None:
+                frame_bytes = 3 * input_size[0] * input_size[1]
+                to_input(luma, luma + distance, batch.data_ptr() + position * frame_bytes)
+            else:
+                surface_to_rgb(
+                    luma,
+                    luma + distance,
+                    batch[position],
+                    conversion,
+                    luma_pitch_bytes=pitch,
+                    chroma_pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    stream=self.stream.cuda_stream,
+                )
 
         return convert
 
@@ -358,7 +371,7 @@ class NvdecFrames:
         emitted = size = 0
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
-            convert: Callable[[Any, torch.Tensor], None] | None = None
+            convert: Callable[[Any, torch.Tensor, int], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
@@ -374,7 +387,7 @@ class NvdecFrames:
                         )
                 if convert is None:
                     convert = session.converter(surface, conversion, self._input_size)
-                convert(surface, batch[size])
+                convert(surface, batch, size)
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
@@ -402,6 +415,8 @@ class NvdecFrames:
         parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
+            if self._refers_past_the_keyframe(packet, origin):
+                continue
             parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
                 parts = [*to_start_codes.filter(packet)]
@@ -415,6 +430,16 @@ class NvdecFrames:
                     yield surface, time + origin
         if numbers.errors:
             raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
+
+    def _refers_past_the_keyframe(self, packet: Packet[Any] | None, origin: int) -> bool:
+        # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the standard says,
+        # but gives their times to the pictures that follow.
+        return (
+            self._chunk.codec == "hevc"
+            and packet is not None
+            and packet.pts is not None
+            and packet.pts < origin
+        )
 
     def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
         import torch

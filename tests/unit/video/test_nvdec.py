@@ -41,7 +41,8 @@ class StandInSession:
         return [(SimpleNamespace(frame=f), f.pts) for f in frames if f.pts not in self.drop]
 
     def converter(self, surface, conversion, input_size):
-        def convert(surface, out):
+        def convert(surface, batch, position):
+            out = batch[position]
             frame = torch.from_numpy(yuv420_to_rgb(*self.planes(surface.frame), conversion))
             if input_size is None:
                 out.copy_(frame)
