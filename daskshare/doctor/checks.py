@@ -42,7 +42,7 @@ def diagnose(machine: Machine, *, needs: Collection[str] = ()) -> list[Check]:
         *_versions(machine),
         *_imports(machine),
         *_doubles(machine),
-        _video_writer(machine),
+        *_video_writer(machine),
         *_gpu(machine, required="gpu" in needs or "nvdec" in needs),
         *_nvdec(machine, required="nvdec" in needs),
         _spark(machine, required="spark" in needs),
@@ -152,15 +152,18 @@ def _doubles(machine: Machine) -> Iterator[Check]:
             )
 
 
-def _video_writer(machine: Machine) -> Check:
+def _video_writer(machine: Machine) -> Iterator[Check]:
+    if machine.imports.get("av") != "":
+        return
     if machine.h264_encoder:
-        return Check("H.264 writer", Status.OK, "libx264 in PyAV")
-    return Check(
-        "H.264 writer",
-        Status.WARNING,
-        "PyAV was built without libx264: --annotate cannot write videos",
-        "pip install --force-reinstall --only-binary=av av",
-    )
+        yield Check("H.264 writer", Status.OK, "libx264 in PyAV")
+    else:
+        yield Check(
+            "H.264 writer",
+            Status.WARNING,
+            "PyAV was built without libx264: --annotate cannot write videos",
+            "pip install --force-reinstall --only-binary=av av",
+        )
 
 
 def _memory(gpu: Gpu) -> str:

@@ -341,6 +341,21 @@ def test_without_progress_nothing_is_printed(detect, videos, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_log_tells_loads_and_what_is_kept(detect, videos, caplog):
+    with caplog.at_level("INFO", logger="daskshare"):
+        count = detect(videos).chunks
+        detect(videos)
+    done = [r.getMessage() for r in caplog.records if r.name == "daskshare.results.detect"]
+    assert done[0].endswith(
+        f"{count} chunks to do, 0 kept of an earlier run, 0 that cannot be read"
+    )
+    assert done[1].endswith(
+        f"0 chunks to do, {count} kept of an earlier run, 0 that cannot be read"
+    )
+    loads = [r.getMessage() for r in caplog.records if r.name == "daskshare.share"]
+    assert [text.partition(" onto ")[0] for text in loads] == ["Loading model brightness"]
+
+
 def test_two_runs_at_once_through_one_client(client, videos, tmp_path):
     model = SharedModel(BrightnessSpec())
     summaries = {}

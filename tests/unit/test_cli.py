@@ -4,10 +4,13 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import click
 import dask
+import dask.cli
 import pytest
 from click.testing import CliRunner
 
@@ -270,6 +273,17 @@ def test_doctor_strict(machine):
 
 
 # -- what users of dask and git expect --
+
+
+def test_it_is_also_a_command_of_dask():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    [(name, target)] = project["project"]["entry-points"]["dask_cli"].items()
+    dask_command = click.Group("dask")
+    dask.cli._register_command_ep(dask_command, EntryPoint(name, target, "dask_cli"))
+    result = CliRunner().invoke(dask_command, ["daskshare", "detekt"])
+    assert result.exit_code == 2
+    assert "Usage: dask daskshare [OPTIONS]" in result.stderr
+    assert "Did you mean 'detect'" in result.stderr
 
 
 @pytest.mark.parametrize(
