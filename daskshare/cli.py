@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -90,7 +91,12 @@ def _log_at(level: str) -> None:
     """Ask Dask's logging for daskshare's messages, here and in workers that are started here."""
     import dask.config
 
-    dask.config.set({"logging.daskshare": level})
+    # Dask's own messages stay as quiet as they are without the flag.
+    levels = {"daskshare": level, "distributed": dask.config.get("logging.distributed", "warning")}
+    for name, value in levels.items():
+        dask.config.set({f"logging.{name}": value})
+        # A worker process sets its logging up before it gets this process's configuration.
+        os.environ[f"DASK_LOGGING__{name.upper()}"] = str(value)
     if "distributed" in sys.modules:
         # It sets logging up when it is imported, which was too early.
         from distributed.config import initialize_logging

@@ -410,6 +410,17 @@ def wait_for_part(ended, folder):
 
 
 @pytest.mark.slow
+def test_verbose_shows_the_log_of_worker_processes(tmp_path):
+    clip = make_video(tmp_path / "a.mp4", frames=10)
+    verbose = command(clip, "--output", tmp_path / "out", "--workers", 1)
+    verbose.insert(verbose.index("detect"), "-v")
+    done = subprocess.run(verbose, capture_output=True, text=True, timeout=120, check=True)
+    assert "daskshare.results.detect - INFO" in done.stderr
+    assert "daskshare.share - INFO - Loading model yolov3-tiny onto" in done.stderr
+    assert "distributed.scheduler" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
     clips = [tmp_path / f"{name}.mp4" for name in "ab"]
