@@ -74,9 +74,9 @@ def library(monkeypatch):
     }
     module.GetDecoderCaps = lambda **asked: module.caps
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     yield module
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_refusal(written, reason, clips, sessions, tmp_path):
 def test_refusal_without_an_engine_or_a_library(clips, library, tmp_path, monkeypatch):
     (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4", frames=5))
     assert nvdec.refusal(chunk, DEVICE) == ""
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     library.caps = {"num_decoder_engines": 0}
     assert "does not decode h264" in nvdec.refusal(chunk, DEVICE)
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)
