@@ -350,6 +350,15 @@ def test_completions(words, expected):
     assert sorted(complete(*words)) == sorted(expected)
 
 
+@pytest.mark.parametrize("words", [[], ["--cfg"], ["a.mp4", "--weights"], ["--output"]])
+def test_the_shell_completes_files_where_files_are_meant(words):
+    from click.shell_completion import ShellComplete
+
+    shell = ShellComplete(main, {}, "daskshare", "_DASKSHARE_COMPLETE")
+    [offered] = shell.get_completions(["detect", *words], "cams/")
+    assert offered.type == "file"
+
+
 def test_classes_of_an_own_network_are_completed(tmp_path):
     names = tmp_path / "own.names"
     names.write_text("lorry\nloader\n\ntram\n")
