@@ -118,6 +118,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the results.")
 @click.option(
     "--model",
+    metavar="NAME",
     default=None,
     shell_complete=complete_models,
     help="Model by name.  [default: yolov3-tiny]",
@@ -147,6 +148,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 )
 @click.option(
     "--classes",
+    metavar="NAME,...",
     callback=_names,
     shell_complete=complete_classes,
     help="Only these, such as car,bus.",
@@ -198,6 +200,10 @@ def detect(
 
     The Parquet files in OUTPUT/detections get one row a detection, OUTPUT/chunks.parquet one row a
     piece of video. Run the same command again after an interruption: only what is missing is done.
+
+    \b
+    daskshare detect cams/ -o out --classes car,bus --annotate
+    daskshare detect "s3://bucket/*.mp4" -o out --model yolov3 --scheduler tcp://10.0.0.5:8786
 
     Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
     command tries them again); 130 interrupted.
@@ -302,6 +308,10 @@ def doctor(
 
     Looks at Python, versions that clash, video libraries, GPUs, driver, CuPy, NVDEC, compiler,
     Java for Spark, Jupyter, and daskshare's configuration.
+
+    \b
+    daskshare doctor
+    daskshare doctor --require gpu --require nvdec --scheduler tcp://10.0.0.5:8786
 
     Exit status: 0 all is well, or works with warnings; 1 something will fail; 2 wrong usage.
     """

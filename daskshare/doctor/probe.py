@@ -143,7 +143,7 @@ def _run(*command: str) -> tuple[int, str]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return 124, f"no answer within {_COMMAND_SECONDS:.0f} s"
+        return 124, f"no answer within {_COMMAND_SECONDS:g} s"
     except OSError as error:
         return 127, str(error)
     return done.returncode, done.stdout.strip()

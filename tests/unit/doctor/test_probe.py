@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import dask.config
-import pytest
+import sys
+import types
 
+import dask.config
+import numpy as np
+import pytest
+import torch
+
+import daskshare.device
+import daskshare.video.nvdec
+from daskshare.device import Device
 from daskshare.doctor import probe
 from daskshare.doctor.findings import Gpu
 
@@ -107,3 +115,78 @@ def test_where_weights_cannot_be_written(tmp_path):
     file = tmp_path / "file"
     file.touch()
     assert "directory" in probe._write_problem(file / "below").lower()
+
+
+# -- GPUs that are not here --
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Let torch claim a GPU, on which the first computation may fail with a given error."""
+
+    def claim(error=None, available=True):
+        device = Device("cuda", 0, "GPU-1", "NVIDIA H200", 141 * 2**30)
+
+        def zeros(*args, **options):
+            if error:
+                raise error
+            return torch.ones(1)
+
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch, "zeros", zeros)
+        monkeypatch.setattr(daskshare.device, "list_devices", lambda: [device])
+        monkeypatch.setattr(
+            daskshare.video.nvdec,
+            "refusal",
+            lambda chunk, device: "" if chunk.codec == "h264" else f"no {chunk.codec}",
+        )
+        return probe._cuda({"torch": ""})
+
+    return claim
+
+
+def test_a_gpu_that_works(cuda):
+    build, [gpu], problem = cuda()
+    assert (build, gpu.name, gpu.total_bytes, problem) == ("13.0", "NVIDIA H200", 141 * 2**30, "")
+    assert gpu.decodes == {"h264": "", "hevc": "no hevc", "vp9": "no vp9", "av1": "no av1"}
+
+
+def test_a_gpu_that_does_not_start(cuda):
+    error = RuntimeError("CUDA error 802: system not yet initialized\nmore")
+    assert cuda(error) == ("13.0", (), "CUDA error 802: system not yet initialized")
+    assert cuda(available=False) == ("13.0", (), "")
+
+
+def test_no_torch_no_gpu():
+    assert probe._cuda({"torch": "ImportError: libtorch"}) == ("", (), "")
+    assert probe._cuda({}) == ("", (), "")
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        (42, ""),
+        (0, "a kernel wrote 0 where 42 was expected"),
+        (OSError("cuda_fp16.h: No such file\nmore"), "OSError: cuda_fp16.h: No such file"),
+    ],
+)
+def test_cupy_compiles_and_runs_a_kernel(monkeypatch, result, problem):
+    class RawKernel:
+        def __init__(self, source, name):
+            assert name in source
+
+        def __call__(self, grid, block, arguments):
+            if isinstance(result, Exception):
+                raise result
+            arguments[0][0] = result
+
+    cupy = types.SimpleNamespace(zeros=np.zeros, int32=np.int32, RawKernel=RawKernel)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert probe._cupy_problem() == problem
+
+
+def test_a_command_that_does_not_end(command, monkeypatch):
+    monkeypatch.setattr(probe, "_COMMAND_SECONDS", 0.2)
+    command("nvidia-smi", "while :; do :; done")
+    assert probe._driver() == ("", "no answer within 0.2 s", ())
