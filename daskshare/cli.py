@@ -203,7 +203,7 @@ def detect(
 
     \b
     daskshare detect cams/ -o out --classes car,bus --annotate
-    daskshare detect "s3://bucket/*.mp4" -o out --model yolov3 --scheduler tcp://10.0.0.5:8786
+    daskshare detect s3://bucket/cam.mp4 -o out --model yolov3 --scheduler tcp://10.0.0.5:8786
 
     Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
     command tries them again); 130 interrupted.
