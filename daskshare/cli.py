@@ -278,7 +278,7 @@ def fetch(name: str) -> None:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("demo-output"),
+    default="demo-output",
     show_default=True,
     help="Folder for the results.",
 )

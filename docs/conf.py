@@ -34,6 +34,9 @@ templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+# Two dashes of an option are not a long one.
+smartquotes = False
+
 autosummary_generate = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
