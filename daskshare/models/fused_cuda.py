@@ -1,0 +1,354 @@
+"""The fused network on a GPU: cuDNN's fused convolutions and kernels of our own, chosen by measure.
+
+Every choice is measured once for a network, a GPU and the versions at hand, and then read from disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from daskshare.kernels.cudnn_convolution import ConvolutionCase, CudnnConvolutions, Plan
+from daskshare.kernels.decode import HeadDecoder, HeadShape
+from daskshare.kernels.enlarge import enlarge, enlarge_kernel
+from daskshare.kernels.hopper import is_hopper
+from daskshare.kernels.residual_unit import RESIDUAL_UNIT_VARIANTS, ResidualUnit, UnitTile
+from daskshare.kernels.stem import STEM_VARIANTS, StemTile
+from daskshare.kernels.stem import Stem as StemKernel
+from daskshare.models.fused import Call, FusedNetwork, TorchOperations
+from daskshare.models.fusion import Convolve, Enlarge, Stem, Unit, fuse
+from daskshare.models.network import Candidates, YoloNetwork
+from daskshare.models.plan import Convolutional
+from daskshare.models.tuning import TuningFile
+
+__all__ = ["CudaOperations", "FusedUnavailableError", "build_fused"]
+
+logger = logging.getLogger(__name__)
+
+_RUNS = 7
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_Tile = TypeVar("_Tile", StemTile, UnitTile)
+
+
+class FusedUnavailableError(Exception):
+    """Why a network cannot run fused here; it is compiled instead."""
+
+
+@dataclass(slots=True)
+class _Report:
+    """How the steps run, for people and benchmarks."""
+
+    measured: int = 0
+    loaded: int = 0
+    seconds: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)
+    microseconds: dict[str, float] = field(default_factory=dict)
+    tried: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+
+
+class CudaOperations(TorchOperations):
+    """Fused kernels for every step that has one; torch for the others.
+
+    Parameters
+    ----------
+    network : YoloNetwork
+        On a CUDA device, in half precision.
+    cudnn : CudnnConvolutions
+        Of that device.
+    choices : dict
+        What was measured before; new measurements are added.
+    """
+
+    def __init__(
+        self, network: YoloNetwork, cudnn: CudnnConvolutions, choices: dict[str, Any]
+    ) -> None:
+        super().__init__(network)
+        self.report = _Report()
+        self.cudnn = cudnn
+        self._choices = choices
+        self._workspace_bytes = 1
+        self._workspace: torch.Tensor | None = None
+        self._frames: torch.Tensor | None = None
+        self._plans: dict[str, Plan] = {}
+
+    def finish(self) -> None:
+        """Make the scratch memory that all convolutions share, once all are bound."""
+        self._workspace = torch.zeros(
+            self._workspace_bytes, dtype=torch.uint8, device=self.network.device
+        )
+
+    def convolve(
+        self,
+        step: Convolve,
+        source: torch.Tensor | None,
+        target: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> Call:
+        layer = self.network.plan.layers[step.layer]
+        block: Any = self.network.blocks[step.layer]
+        if (
+            source is None
+            or not isinstance(layer, Convolutional)
+            or layer.groups != 1
+            or layer.activation not in ("leaky", "relu", "linear")
+        ):
+            return super().convolve(step, source, target, residual)
+        case = ConvolutionCase(
+            batch=source.shape[0],
+            in_channels=source.shape[1],
+            height=source.shape[2],
+            width=source.shape[3],
+            out_channels=target.shape[1],
+            size=layer.size,
+            stride=layer.stride,
+            padding=layer.padding,
+            in_pitch=source.stride(3),
+            out_pitch=target.stride(3),
+            residual_pitch=0 if residual is None else residual.stride(3),
+            activation=layer.activation,
+            dtype=_DTYPES[self.network.dtype],
+        )
+        tensors = self.cudnn.addresses(source, block.weight, block.bias, target, residual)
+        try:
+            plan = self._plan(case, tensors)
+        except RuntimeError as error:
+            self.report.fallbacks.append(f"layer {step.layer}: {error}")
+            return super().convolve(step, source, target, residual)
+        self._workspace_bytes = max(self._workspace_bytes, plan.workspace_bytes)
+        self.report.microseconds[f"layer {step.layer}"] = plan.microseconds
+
+        def call(frames: torch.Tensor) -> None:
+            assert self._workspace is not None
+            self.cudnn.run(plan, tensors, self._workspace)
+
+        return call
+
+    def _plan(self, case: ConvolutionCase, tensors: dict[int, int]) -> Plan:
+        if case.key in self._plans:
+            return self._plans[case.key]
+        known = self._choices.get(case.key)
+        plan = None
+        if known is not None:
+            try:
+                plan = self.cudnn.load(
+                    base64.b64decode(known["plan"]),
+                    workspace_bytes=known["workspace_bytes"],
+                    name=known["name"],
+                    microseconds=known["microseconds"],
+                )
+                self.report.loaded += 1
+            except Exception as error:
+                logger.warning("A kept plan does not load (%s); measuring anew", error)
+        if plan is None:
+            plan, content, tried = self.cudnn.measure(case, tensors)
+            self.report.measured += 1
+            self.report.tried[case.key] = tried
+            self._choices[case.key] = {
+                "plan": base64.b64encode(content).decode(),
+                "workspace_bytes": plan.workspace_bytes,
+                "name": plan.name,
+                "microseconds": plan.microseconds,
+            }
+        self._plans[case.key] = plan
+        return plan
+
+    def stem(self, step: Stem, target: torch.Tensor) -> Call:
+        first, second = self._weights(step.first), self._weights(step.second)
+        plan = self.network.plan
+        frames = torch.randint(
+            256,
+            (target.shape[0], plan.height, plan.width, 3),
+            dtype=torch.uint8,
+            device=target.device,
+        )
+
+        def make(tile: StemTile) -> Callable[[], None]:
+            kernel = StemKernel(first, second, tile)
+            kernels[tile] = kernel
+            return lambda: kernel(frames, target)
+
+        kernels: dict[StemTile, StemKernel] = {}
+        chosen = self._fastest(f"stem-{tuple(target.shape)}", STEM_VARIANTS, make)
+        if chosen not in kernels:
+            make(chosen)
+        kernel = kernels[chosen]
+        return lambda frames: kernel(frames, target)
+
+    def unit(self, step: Unit, source: torch.Tensor, target: torch.Tensor) -> Call:
+        first, second = self._weights(step.first), self._weights(step.second)
+        kernels: dict[UnitTile, ResidualUnit] = {}
+
+        def make(tile: UnitTile) -> Callable[[], None]:
+            kernel = ResidualUnit(first, second, tile)
+            kernels[tile] = kernel
+            return lambda: kernel(source, target)
+
+        chosen = self._fastest(f"unit-{tuple(target.shape)}", RESIDUAL_UNIT_VARIANTS, make)
+        if chosen not in kernels:
+            make(chosen)
+        kernel = kernels[chosen]
+        return lambda frames: kernel(source, target)
+
+    def enlarge(self, step: Enlarge, source: torch.Tensor, target: torch.Tensor) -> Call:
+        if source.shape[1] % 8:
+            return super().enlarge(step, source, target)
+        enlarge_kernel.compile(source.device)
+        return lambda frames: enlarge(source, target, factor=step.factor)
+
+    def candidates(self, heads: list[torch.Tensor]) -> Callable[[], Candidates]:
+        network, plan = self.network, self.network.plan
+        shapes = [
+            HeadShape(
+                height=head.height,
+                width=head.width,
+                anchors=head.anchors,
+                cell_width=plan.width / head.width,
+                cell_height=plan.height / head.height,
+                scale=head.scale_xy,
+            )
+            for head in plan.heads
+        ]
+        decoder = HeadDecoder(
+            shapes,
+            num_classes=plan.num_classes,
+            batch_size=heads[0].shape[0],
+            confidence_threshold=network.confidence_threshold,
+            allowed=network.allowed,
+            max_candidates=network.max_candidates,
+            dtype=network.dtype,
+            device=network.device,
+        )
+        decoder.bind(heads)
+        return decoder
+
+    def _weights(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        block: Any = self.network.blocks[index]
+        return block.weight, block.bias
+
+    def _fastest(
+        self, name: str, tiles: Sequence[_Tile], make: Callable[[_Tile], Callable[[], None]]
+    ) -> _Tile:
+        by_name = {str(tile): tile for tile in tiles}
+        known = self._choices.get(name)
+        if known is not None and known["tile"] in by_name:
+            self.report.loaded += 1
+            self.report.microseconds[name] = known["microseconds"]
+            return by_name[known["tile"]]
+        times: list[tuple[float, str]] = []
+        problems = []
+        for tile in tiles:
+            try:
+                times.append((_microseconds(make(tile)), str(tile)))
+            except RuntimeError as error:
+                problems.append(f"{tile}: {error}")
+        if not times:
+            raise FusedUnavailableError(f"no variant of {name} runs here: {problems[:2]}")
+        self.report.measured += 1
+        self.report.tried[name] = [(row[1], row[0]) for row in sorted(times)]
+        microseconds, chosen = min(times)
+        self.report.microseconds[name] = microseconds
+        self._choices[name] = {"tile": chosen, "microseconds": microseconds}
+        return by_name[chosen]
+
+
+def build_fused(
+    network: YoloNetwork,
+    batch_size: int,
+    *,
+    folder: Path,
+    stem: bool = True,
+    units: bool = True,
+    strided: bool = True,
+) -> tuple[Callable[[torch.Tensor], Candidates], CudaOperations, FusedNetwork]:
+    """Fuse a network for batches of one size.
+
+    Parameters
+    ----------
+    network : YoloNetwork
+        On a CUDA device.
+    batch_size : int
+        Frames of every batch.
+    folder : Path
+        Where measured choices are kept.
+    stem, units, strided : bool
+        What to make use of; see :func:`daskshare.models.fusion.fuse`.
+
+    Returns
+    -------
+    tuple
+        From uint8 frames (batch_size, height, width, 3) to candidates; the operations, whose
+        ``report`` says what runs; the executor.
+
+    Raises
+    ------
+    FusedUnavailableError
+        When the device, the precision or an installed package does not allow it.
+
+    Notes
+    -----
+    Runs for seconds, or up to minutes where nothing was measured before. What it returns can be
+    captured in a CUDA graph and serves one thread at a time.
+    """
+    device = network.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise FusedUnavailableError("needs a GPU of compute capability 9.0 or newer")
+    if network.dtype not in _DTYPES:
+        raise FusedUnavailableError(f"needs float16 or bfloat16, got {network.dtype}")
+    if len(network.plan.heads) > 4:
+        raise FusedUnavailableError(f"needs at most four heads, got {len(network.plan.heads)}")
+    try:
+        cudnn = CudnnConvolutions(device)
+    except ImportError as error:
+        raise FusedUnavailableError(
+            f"needs nvidia-cudnn-frontend ({error}): pip install 'daskshare[gpu]'"
+        ) from error
+    own = is_hopper(device)
+    try:
+        plan = fuse(network.plan, stem=stem and own, units=units and own, strided=strided)
+    except ValueError as error:
+        raise FusedUnavailableError(str(error)) from error
+    started = time.monotonic()
+    tuning = TuningFile(
+        folder,
+        gpu=torch.cuda.get_device_name(device),
+        cudnn=cudnn.versions[0],
+        frontend=cudnn.versions[1],
+        torch=str(torch.__version__),
+        dtype=_DTYPES[network.dtype],
+    )
+    with tuning.locked():
+        choices = tuning.read()
+        operations = CudaOperations(network, cudnn, choices)
+        fused = FusedNetwork(network, plan, batch_size, operations)
+        operations.finish()
+        if operations.report.measured:
+            tuning.write(choices)
+    operations.report.seconds = time.monotonic() - started
+
+    def forward(batch: torch.Tensor) -> Candidates:
+        cudnn.bind()
+        return fused(batch)
+
+    return forward, operations, fused
+
+
+def _microseconds(run: Callable[[], None]) -> float:
+    times = []
+    for number in range(_RUNS):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        if number > 1:
+            times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times)
