@@ -2,7 +2,8 @@
 
 Most boxes of a frame are nothing, and their objectness says so already: one kernel looks at that
 alone and reads the classes of the others; a second sorts each frame's survivors and computes
-geometry for these only. The twin in torch is :meth:`daskshare.models.network.YoloNetwork.candidates`.
+geometry for these only. The twin in torch is
+:meth:`daskshare.models.network.YoloNetwork.candidates`.
 """
 
 from __future__ import annotations

@@ -75,7 +75,10 @@ __device__ __forceinline__ u64 operand(u32 address, u32 along_k)
     return (u64)(address >> 4) | (u64)(along_k >> 4) << 16 | (u64)(128 >> 4) << 32;
 }
 
-__device__ __forceinline__ void mma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_begin()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ void mma_end()
 {

@@ -1,8 +1,8 @@
 """A residual unit in one kernel: 1 x 1 convolution, 3 x 3 convolution, sum with its input.
 
 With 64 channels the unit moves bytes rather than computes: apart, the two convolutions read or
-write the activations five times, in one kernel twice. Each block keeps the input of one tile and its
-margin, and the inner activation, in shared memory.
+write the activations five times, in one kernel twice. Each block keeps the input of one tile and
+its margin, and the inner activation, in shared memory.
 """
 
 from __future__ import annotations

@@ -307,8 +307,9 @@ class Stem:
         """
         n, height, width, _ = frames.shape
         if height % 2 or width % 4:
-            raise ValueError(f"got frames of {height} x {width}; expected an even height and a "
-                             "width in fours")
+            raise ValueError(
+                f"got frames of {height} x {width}; expected an even height and a width in fours"
+            )
         tiles = n * -(height // 2 // -self._tile.height) * -(width // 2 // -self._tile.width)
         self._kernel(tiles, frames, *self._constants, out, n, height, width, device=frames.device)
 

@@ -161,26 +161,25 @@ class FusedNetwork:
     ) -> None:
         self.plan = plan
         self.batch_size = batch_size
-        self._arena = torch.zeros(
+        #: All buffers, one after another; offsets count for a batch of any size.
+        self.arena = torch.zeros(
             plan.arena_size * batch_size, dtype=network.dtype, device=network.device
         )
         self._operations = operations
-        self.calls = [
-            (step, self._bind(step)) for step in plan.steps if not isinstance(step, Head)
-        ]
+        self.calls = [(step, self._bind(step)) for step in plan.steps if not isinstance(step, Head)]
         heads = [self.tensor(step.source) for step in plan.steps if isinstance(step, Head)]
         self._candidates = operations.candidates(heads)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers."""
-        return self._arena.numel() * self._arena.element_size()
+        return self.arena.numel() * self.arena.element_size()
 
     def tensor(self, view: View) -> torch.Tensor:
         """A view as a tensor (n, channels, height, width), channels innermost in memory."""
         buffer = self.plan.buffers[view.buffer]
         pitch, row = buffer.channels, buffer.channels * buffer.width
-        return self._arena.as_strided(
+        return self.arena.as_strided(
             (self.batch_size, view.channels, buffer.height, buffer.width),
             (buffer.size, 1, row, pitch),
             buffer.offset * self.batch_size + view.start,

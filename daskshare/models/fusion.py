@@ -7,8 +7,8 @@ nothing by itself; buffers whose lifetimes do not overlap share memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from daskshare.models.plan import (
     Convolutional,
@@ -35,6 +35,7 @@ __all__ = [
     "Unit",
     "View",
     "fuse",
+    "views_of",
 ]
 
 # Channels of a buffer come in eights, 16 bytes in half precision: what the kernels move at once.
@@ -385,7 +386,7 @@ def _convolution(layer: Layer) -> tuple[int, int, int, int, int, str] | None:
     )
 
 
-def _is_plain_sum(layer: Layer) -> bool:
+def _is_plain_sum(layer: Layer) -> TypeGuard[Shortcut]:
     return isinstance(layer, Shortcut) and layer.activation == "linear"
 
 
@@ -439,10 +440,6 @@ def _allocate(steps: list[Step], shapes: list[tuple[int, int, int]]) -> FusedPla
 
 def views_of(step: Step) -> list[View]:
     """All views that a step reads or writes."""
-    sources: Callable[[], list[View | None]] = lambda: [  # noqa: E731
-        getattr(step, "source", None),
-        getattr(step, "target", None),
-        getattr(step, "residual", None),
-        *getattr(step, "sources", ()),
-    ]
-    return [view for view in sources() if view is not None]
+    names = ("source", "residual", "target")
+    found = [getattr(step, name, None) for name in names]
+    return [view for view in (*found, *getattr(step, "sources", ())) if view is not None]

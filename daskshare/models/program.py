@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,11 +17,14 @@ from daskshare.kernels.preprocess import (
     letterbox_host,
     letterbox_kernel,
 )
-from daskshare.models.network import YoloNetwork, compile_network
+from daskshare.models.fetch import cache_directory
+from daskshare.models.network import Candidates, YoloNetwork, compile_network
 from daskshare.models.nms import greedy_nms_host
 from daskshare.models.spec import Detections, Prepared
 
-__all__ = ["MAX_DETECTIONS", "YoloV3Program"]
+__all__ = ["MAX_DETECTIONS", "CompiledForward", "YoloV3Program"]
+
+logger = logging.getLogger(__name__)
 
 #: Most objects of a frame, those of highest confidence.
 MAX_DETECTIONS = 300
@@ -29,6 +33,34 @@ _EXPECTED = (
     "expected a uint8 RGB array of shape (frames, height, width, 3) with at least one frame, in "
     "host or GPU memory (NumPy, torch, CuPy), or a list of uint8 frames (height, width, 3)"
 )
+
+
+class CompiledForward:
+    """The fast forward pass for one batch size.
+
+    Parameters
+    ----------
+    candidates : callable
+        From uint8 frames to candidates.
+    suppress : callable
+        From candidates to the program's outputs.
+    description : str
+        For people: what runs.
+    """
+
+    def __init__(
+        self,
+        candidates: Callable[[torch.Tensor], Candidates],
+        suppress: Callable[..., dict[str, torch.Tensor]],
+        description: str,
+    ) -> None:
+        self._candidates, self._suppress = candidates, suppress
+        self.description = description
+
+    @torch.inference_mode()
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Detect in a batch, as ``forward`` does."""
+        return self._suppress(*self._candidates(batch))
 
 
 class YoloV3Program:
@@ -188,10 +220,12 @@ class YoloV3Program:
             count = (confidence > 0).sum(dim=1)
         return {"boxes": boxes, "confidence": confidence, "class_id": class_id, "count": count}
 
-    def compile(self, batch_size: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
-        """Compile the network for ``batch_size`` and run it once; ``None`` on the CPU.
+    def compile(self, batch_size: int) -> CompiledForward | None:
+        """Make the network fast for ``batch_size`` and run it once; ``None`` on the CPU.
 
-        The suppression stays a kernel of its own behind the compiled part.
+        Fused kernels where the GPU and the installed packages have them, otherwise
+        ``torch.compile``; the result's ``description`` says which, and why. The suppression stays
+        a kernel of its own behind it.
 
         Notes
         -----
@@ -199,18 +233,31 @@ class YoloV3Program:
         """
         if not self._cuda:
             return None
-        candidates = compile_network(self._network)
-
-        @torch.inference_mode()
-        def forward(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-            return self._suppress(*candidates(batch))
-
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with (
+            torch.inference_mode(),
+            torch.cuda.device(self._device),
+            torch.cuda.stream(stream),
+        ):
+            candidates, description = self._fast_candidates(batch_size)
+            forward = CompiledForward(candidates, self._suppress, description)
             shape = (batch_size, *self._size, 3)
             forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
         stream.synchronize()
         return forward
+
+    def _fast_candidates(self, batch_size: int) -> tuple[Callable[[torch.Tensor], Candidates], str]:
+        # Imported here: its kernels need packages that machines without a GPU lack.
+        from daskshare.models.fused_cuda import FusedUnavailableError, build_fused
+
+        try:
+            candidates, operations, _ = build_fused(
+                self._network, batch_size, folder=cache_directory() / "tuning"
+            )
+        except FusedUnavailableError as error:
+            logger.info("Compiling with torch, as the fused kernels are unavailable: %s", error)
+            return compile_network(self._network), f"torch.compile; no fused kernels: {error}"
+        return candidates, operations.description
 
     def finish(self, outputs: Any, context: Sequence[Letterbox]) -> list[Detections]:
         """Detections of each frame in pixels of its source.
