@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,55 @@ __device__ __forceinline__ void unpack(u32 both, float& low, float& high)
 
 __device__ __forceinline__ float leaky(float x) { return fmaxf(x, x * 0.1f); }
 
+__device__ __forceinline__ u32 leaky_pair(u32 x)
+{
+    u32 out;
+#if BF16
+    asm("{\n.reg .b32 t;\nmul.rn.bf16x2 t, %1, %2;\nmax.bf16x2 %0, %1, t;\n}"
+        : "=r"(out) : "r"(x), "r"(0x3dcd3dcdu));
+#else
+    asm("{\n.reg .b32 t;\nmul.rn.f16x2 t, %1, %2;\nmax.f16x2 %0, %1, t;\n}"
+        : "=r"(out) : "r"(x), "r"(0x2e662e66u));
+#endif
+    return out;
+}
+
+__device__ __forceinline__ u32 add_pair(u32 a, u32 b)
+{
+    u32 out;
+#if BF16
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#else
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#endif
+    return out;
+}
+
+// Four 8 x 8 matrices; each lane gives the address of one row of 16 bytes.
+__device__ __forceinline__ void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d)
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 at, u32 (&v)[4])
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+// Waits for the four warps of a group alone.
+__device__ __forceinline__ void group_barrier(int group)
+{
+    asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
+}
+
 // Four lanes hold two columns each of four groups of eight; afterwards each holds one whole group.
 __device__ __forceinline__ void quad_transpose(u32 (&v)[4], int lane)
 {
@@ -146,15 +196,23 @@ __device__ __forceinline__ void quad_transpose(u32 (&v)[4], int lane)
     b = __shfl_xor_sync(0xffffffffu, b, 2);
     if (lane & 2) { v[0] = a; v[1] = b; } else { v[2] = a; v[3] = b; }
 }
+
+__device__ __forceinline__ void add_pairs(u32 (&v)[4], uint4 other)
+{
+    const u32 others[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float a, b, c, d;
+        unpack(v[i], a, b);
+        unpack(others[i], c, d);
+        v[i] = pack(a + c, b + d);
+    }
+}
 """
 
-PRELUDE = _PRELUDE + "".join(
-    (
-        _wgmma(32, a_in_registers=False),
-        _wgmma(64, a_in_registers=False),
-        _wgmma(32, a_in_registers=True),
-    )
-)
+def prelude(products: Iterable[tuple[int, bool]]) -> str:
+    """Device functions for kernels; products by their columns and whether A is in registers."""
+    return _PRELUDE + "".join(_wgmma(n, a_in_registers=held) for n, held in sorted(set(products)))
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -168,11 +226,13 @@ class HopperKernel:
     Parameters
     ----------
     source : str
-        CUDA C++ without includes that follows :data:`PRELUDE`.
+        CUDA C++ without includes that follows :func:`prelude`.
     name : str
         The ``extern "C"`` kernel.
-    constants : dict of str to int
+    constants : dict of str to int or str
         Macros of the source.
+    products : iterable of (int, bool)
+        Matrix instructions that it needs: columns, and whether the first operand is in registers.
     threads : int
         Of a block.
     shared_bytes : int
@@ -184,13 +244,20 @@ class HopperKernel:
     """
 
     def __init__(
-        self, source: str, name: str, *, constants: dict[str, int], threads: int, shared_bytes: int
+        self,
+        source: str,
+        name: str,
+        *,
+        constants: dict[str, int | str],
+        products: Iterable[tuple[int, bool]],
+        threads: int,
+        shared_bytes: int,
     ) -> None:
         self._name = name
         self.threads = threads
         self.shared_bytes = shared_bytes
         defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
-        self._source = defines + PRELUDE + source
+        self._source = defines + prelude(products) + source
         self._function: Any = None
         self.blocks = 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,7 +200,8 @@ class CudaOperations(TorchOperations):
             kernels[tile] = kernel
             return lambda: kernel(source, target)
 
-        chosen = self._fastest(f"unit-{tuple(target.shape)}", RESIDUAL_UNIT_VARIANTS, make)
+        tiles = RESIDUAL_UNIT_VARIANTS[target.shape[1]]
+        chosen = self._fastest(f"unit-{tuple(target.shape)}", tiles, make)
         if chosen not in kernels:
             make(chosen)
         kernel = kernels[chosen]
@@ -274,7 +275,7 @@ def build_fused(
     *,
     folder: Path,
     stem: bool = True,
-    units: bool = True,
+    units: Collection[int] = tuple(RESIDUAL_UNIT_VARIANTS),
     strided: bool = True,
 ) -> tuple[Callable[[torch.Tensor], Candidates], CudaOperations, FusedNetwork]:
     """Fuse a network for batches of one size.
@@ -321,7 +322,7 @@ def build_fused(
         ) from error
     own = is_hopper(device)
     try:
-        plan = fuse(network.plan, stem=stem and own, units=units and own, strided=strided)
+        plan = fuse(network.plan, stem=stem and own, units=units if own else (), strided=strided)
     except ValueError as error:
         raise FusedUnavailableError(str(error)) from error
     started = time.monotonic()

@@ -7,6 +7,7 @@ nothing by itself; buffers whose lifetimes do not overlap share memory.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
@@ -178,7 +179,11 @@ class FusedPlan:
 
 
 def fuse(
-    network: NetworkPlan, *, stem: bool = False, units: bool = False, strided: bool = True
+    network: NetworkPlan,
+    *,
+    stem: bool = False,
+    units: Collection[int] = (),
+    strided: bool = True,
 ) -> FusedPlan:
     """Plan a network.
 
@@ -189,8 +194,8 @@ def fuse(
     stem : bool
         Whether a kernel exists that does the first two convolutions, 3 to 32 to 64 channels, the
         second with stride 2.
-    units : bool
-        Whether a kernel exists that does a residual unit of 64 channels with 32 between.
+    units : collection of int
+        Channels for which a kernel exists that does a residual unit with half of them between.
     strided : bool
         Whether convolutions may write and read parts of wider buffers.
 
@@ -202,7 +207,8 @@ def fuse(
 
 
 class _Planner:
-    def __init__(self, network: NetworkPlan, *, stem: bool, units: bool, strided: bool) -> None:
+    def __init__(self, network: NetworkPlan, *, stem: bool, units: Collection[int], strided: bool
+    ) -> None:
         self._layers = network.layers
         self._stem, self._units, self._strided = stem, units, strided
         self._readers = _readers(network)
@@ -292,8 +298,12 @@ class _Planner:
         if not self._units or index == 0 or index + 3 > len(self._layers):
             return 0
         first, second, shortcut = self._layers[index : index + 3]
-        shapes = [_convolution(first), _convolution(second)]
-        if shapes != [(64, 1, 1, 0, 32, "leaky"), (32, 3, 1, 1, 64, "leaky")]:
+        channels = second.channels
+        wanted = [
+            (channels, 1, 1, 0, channels // 2, "leaky"),
+            (channels // 2, 3, 1, 1, channels, "leaky"),
+        ]
+        if channels not in self._units or [_convolution(first), _convolution(second)] != wanted:
             return 0
         if not (
             _is_plain_sum(shortcut)

@@ -58,14 +58,19 @@ def convolve(x, weight, bias, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tile", RESIDUAL_UNIT_VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "tile"),
+    [(channels, tile) for channels, tiles in RESIDUAL_UNIT_VARIANTS.items() for tile in tiles],
+    ids=str,
+)
 # The last fits no tile, so that every edge is cut.
 @pytest.mark.parametrize("shape", [(2, 52, 52), (1, 76, 152), (3, 29, 35)])
-def test_residual_unit(hopper, tile, shape, dtype):
+def test_residual_unit(hopper, channels, tile, shape, dtype):
     n, height, width = shape
-    first = random(32, 64, 1, 1, dtype=dtype, scale=0.15), random(32, dtype=dtype)
-    second = random(64, 32, 3, 3, dtype=dtype, scale=0.08), random(64, dtype=dtype)
-    x = random(n, 64, height, width, dtype=dtype)
+    half = channels // 2
+    first = random(half, channels, 1, 1, dtype=dtype, scale=channels**-0.5), random(half, dtype=dtype)
+    second = random(channels, half, 3, 3, dtype=dtype, scale=0.08), random(channels, dtype=dtype)
+    x = random(n, channels, height, width, dtype=dtype)
     out = torch.full_like(x, torch.nan)
     ResidualUnit(first, second, tile)(x, out)
     middle = convolve(x, *first).to(dtype)
