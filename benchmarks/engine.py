@@ -185,7 +185,7 @@ def measure(report: Report, settings: dict[str, Any], size: int) -> None:
     ours = in_process(engine_main, settings, size)
     # Again, now that choices lie on disk: the first process may have measured them.
     if settings["gpu"]:
-        again = in_process(engine_main, {**settings, "repeats": 0}, size)
+        again = in_process(engine_main, {**settings, "repeats": 0, "seconds": 0.5}, size)
         ours["ready_again_seconds"] = again["ready_seconds"]
     others = in_process(loop_main, settings, size)
     rate = statistics.median(ours["rates"])

@@ -210,6 +210,7 @@ __device__ __forceinline__ void add_pairs(u32 (&v)[4], uint4 other)
 }
 """
 
+
 def prelude(products: Iterable[tuple[int, bool]]) -> str:
     """Device functions for kernels; products by their columns and whether A is in registers."""
     return _PRELUDE + "".join(_wgmma(n, a_in_registers=held) for n, held in sorted(set(products)))

@@ -16,15 +16,15 @@ from daskshare.kernels.residual_unit import pack_planes
 
 __all__ = ["STEM_VARIANTS", "Stem", "StemTile"]
 
-_ROWS = 64
-
 _SOURCE = r"""
 #define PW (TW + 1)
-#define IN_BLOCKS (((TH + 1) * PW + 63) / 64)
-#define OUT_BLOCKS ((TH * PW + 63) / 64)
-#define PART (PIXELS * 16)          // one of four interleaved parts of a plane
-#define PLANE (4 * PART)
+#define EVEN ((TH + 1) * PW)                 // pixels of the parts with even rows
+#define ODD (TH * PW)
+#define BLOCKS ((EVEN + 63) / 64)
+#define PLANE ((EVEN + ODD) * 2 * 16)
+#define OUT_PLANE (N * 16 + 16)
 #define FRAME_ROWS (2 * TH + 4)
+#define OWN (4 * PLANE + 128 + FRAME_ROWS * PITCH + OWN_PAD)
 #define THREADS (GROUPS * 128)
 
 __device__ __forceinline__ u32 widen(const u8* at, bool aligned)
@@ -42,45 +42,54 @@ __device__ __forceinline__ u32 widen(const u8* at, bool aligned)
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) stem(
+// Every group of four warps works on tiles of its own; only the weights are shared. While one waits
+// for memory, another multiplies and a third stores.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) stem(
     const u8* __restrict__ input, const u16* __restrict__ weights_1,
-    const u16* __restrict__ bias_1, const u16* __restrict__ weights_2,
-    const u16* __restrict__ bias_2, u16* __restrict__ output, int frames, int height, int width)
+    const u16* __restrict__ weights_2, const u16* __restrict__ bias_2,
+    u16* __restrict__ output, int frames, int height, int width)
 {
     extern __shared__ __align__(128) u8 shared[];
-    u8* const mid = shared;                                  // 4 planes
-    u8* const kernel_1 = mid + 4 * PLANE;                    // 4 x 32 x 16 bytes
+    u8* const kernel_1 = shared;                             // 4 x 32 x 16 bytes
     u8* const kernel_2 = kernel_1 + 4 * 32 * 16;             // 9 x 4 x 64 x 16 bytes
-    float* const offset_1 = (float*)(kernel_2 + 9 * 4 * 64 * 16);
-    float* const offset_2 = offset_1 + 32;
-    u8* const pixels = (u8*)(offset_2 + 64);                 // FRAME_ROWS x PITCH
 
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x & 127;
+    const int group = threadIdx.x >> 7;
+    const int warp = thread >> 5;
     const int lane = thread & 31;
-    const int group = thread >> 7;
-    const int row_in_block = ((thread >> 5) & 3) * 16 + (lane >> 2);
     const int quad = lane & 3;
-    const int pair = quad * 2;
+    u8* const mid = kernel_2 + 9 * 4 * 64 * 16 + group * OWN;  // 4 planes of 4 parts
+    u8* const spill = mid + 4 * PLANE;                       // what lies beyond a part
+    u8* const pixels = spill + 128;                          // FRAME_ROWS x PITCH
 
-    for (int i = thread; i < 4 * 32; i += THREADS)
+    for (int i = threadIdx.x; i < 4 * 32; i += THREADS)
         ((uint4*)kernel_1)[i] = ((const uint4*)weights_1)[i];
-    for (int i = thread; i < 9 * 4 * 64; i += THREADS)
+    for (int i = threadIdx.x; i < 9 * 4 * 64; i += THREADS)
         ((uint4*)kernel_2)[i] = ((const uint4*)weights_2)[i];
-    for (int i = thread; i < 96; i += THREADS) {
-        float low, high;
-        unpack(i < 32 ? bias_1[i] : bias_2[i - 32], low, high);
-        offset_1[i] = low;
-    }
+    float offset[2], unused;
+    unpack(bias_2[warp * 16 + (lane >> 2)], offset[0], unused);
+    unpack(bias_2[warp * 16 + (lane >> 2) + 8], offset[1], unused);
     publish();
+    __syncthreads();
 
     const int out_height = height / 2, out_width = width / 2;
     const int tiles_x = (out_width + TW - 1) / TW;
     const int tiles_y = (out_height + TH - 1) / TH;
     const int tiles = tiles_x * tiles_y * frames;
     const u32 mid_address = shared_address(mid);
+    const u32 spill_address = shared_address(spill);
     const u32 kernel_1_address = shared_address(kernel_1);
     const u32 kernel_2_address = shared_address(kernel_2);
     const u32 pixels_address = shared_address(pixels);
+    const u32 out_row = mid_address + (warp * 2 + (lane >> 3 & 1)) * OUT_PLANE +
+                        ((lane >> 4) * 8 + (lane & 7)) * 16;
+    // Pairs of the 3 x 9 bytes, in rows of ten; the sixteenth pair is one and nothing: the bias.
+    int taps[4];
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        const int q = step * 4 + quad;
+        taps[step] = q < 15 ? q / 5 * PITCH + q % 5 * 2 : 0;
+    }
 
     // Rows of a frame are multiples of four bytes, so a word lies in the frame or beside it.
     auto load = [&](int tile) {
@@ -88,103 +97,110 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) stem(
         const int base = first - (first & 3);
         const int top = (tile / tiles_x % tiles_y) * TH * 2 - 2;
         const u8* const frame = input + (u64)(tile / (tiles_x * tiles_y)) * height * width * 3;
-        for (int i = thread; i < FRAME_ROWS * (PITCH / 4); i += THREADS) {
+        for (int i = thread; i < FRAME_ROWS * (PITCH / 4); i += 128) {
             const int row = top + i / (PITCH / 4), at = base + i % (PITCH / 4) * 4;
             const bool inside = row >= 0 && row < height && at >= 0 && at < width * 3;
             copy_4(pixels_address + i * 4, frame + (inside ? row * width * 3 + at : 0), inside);
         }
     };
 
-    if (blockIdx.x < tiles) load(blockIdx.x);
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int stride = gridDim.x * GROUPS;
+    int tile = blockIdx.x * GROUPS + group;
+    if (tile < tiles) load(tile);
+    for (; tile < tiles; tile += stride) {
         copies_end();
-        __syncthreads();
+        group_barrier(group);
         const int left = (tile % tiles_x) * TW;
         const int top = (tile / tiles_x % tiles_y) * TH;
         const u8* const origin = pixels + ((left * 6 - 6) & 3);
 
-        for (int work = group; work < 4 * IN_BLOCKS; work += GROUPS) {
-            const int part = work / IN_BLOCKS, block = work % IN_BLOCKS;
-            u32 a[2][4];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int pixel = block * 64 + row_in_block + half * 8;
-                const int i = min(pixel / PW, TH) * 2 + (part >> 1);
-                const int j = pixel % PW * 2 + (part & 1);
-                const u8* const window = origin + i * PITCH + j * 3;
+        for (int part = 0; part < 4; ++part) {
+            const int first = (part & 1) * (part < 2 ? EVEN : ODD) + (part < 2 ? 0 : 2 * EVEN);
+            const int count = part < 2 ? EVEN : ODD;
+#pragma unroll 1
+            for (int block = 0; block < BLOCKS; ++block) {
+                u32 a[2][4];
+                bool inside[2];
 #pragma unroll
-                for (int step = 0; step < 4; ++step) {
-                    const int q = step * 4 + quad;  // a pair of the 3 x 9 bytes, in rows of ten
-                    const int at = q < 15 ? q / 5 * PITCH + q % 5 * 2 : 0;
-                    a[step >> 1][(step & 1) * 2 + half] = widen(window + at, !(part & 1));
+                for (int half = 0; half < 2; ++half) {
+                    const int pixel = block * 64 + warp * 16 + (lane >> 2) + half * 8;
+                    const int row = pixel / PW, column = pixel - row * PW;
+                    const int i = min(row, TH) * 2 + (part >> 1), j = column * 2 + (part & 1);
+                    const u8* const window = origin + i * PITCH + j * 3;
+                    // Only the first row and column can lie outside the frame.
+                    inside[half] = top * 2 - 1 + i >= 0 && left * 2 - 1 + j >= 0;
+#pragma unroll
+                    for (int step = 0; step < 4; ++step)
+                        a[step >> 1][(step & 1) * 2 + half] =
+                            widen(window + taps[step], !(part & 1));
+                    if (quad == 3) a[1][2 + half] = BF16 ? 0x3f80 : 0x3c00;
                 }
-            }
-            float sum[16];
-            mma_begin();
-            mma_registers_32(sum, a[0], operand(kernel_1_address, 512), 0);
-            mma_registers_32(sum, a[1], operand(kernel_1_address + 2 * 512, 512), 1);
-            mma_end();
+                float sum[16];
+                mma_begin();
+                mma_registers_32(sum, a[0], operand(kernel_1_address, 512), 0);
+                mma_registers_32(sum, a[1], operand(kernel_1_address + 2 * 512, 512), 1);
+                mma_end();
+                u32 out[4][2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int pixel = block * 64 + row_in_block + half * 8;
-                const int row = top * 2 - 1 + pixel / PW * 2 + (part >> 1);
-                const int column = left * 2 - 1 + pixel % PW * 2 + (part & 1);
-                const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-                u8* const target = mid + part * PART + pixel * 16 + pair * 2;
+                for (int plane = 0; plane < 4; ++plane)
 #pragma unroll
-                for (int plane = 0; plane < 4; ++plane) {
-                    const float2 b = *(const float2*)(offset_1 + plane * 8 + pair);
-                    const u32 value = pack(leaky(sum[plane * 4 + half * 2] + b.x),
-                                           leaky(sum[plane * 4 + half * 2 + 1] + b.y));
-                    *(u32*)(target + plane * PLANE) = inside ? value : 0;
+                    for (int half = 0; half < 2; ++half) {
+                        const float* const d = sum + plane * 4 + half * 2;
+                        const u32 value = leaky_pair(pack(d[0], d[1]));
+                        out[plane][half] = inside[half] ? value : 0;
+                    }
+                const int own = block * 64 + warp * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
+#pragma unroll
+                for (int plane = 0; plane < 4; plane += 2) {
+                    const u32 at = mid_address + (plane + (lane >> 4)) * PLANE +
+                                   (first + own) * 16;
+                    store_matrices(own < count ? at : spill_address + (lane & 7) * 16,
+                                   out[plane][0], out[plane][1], out[plane + 1][0],
+                                   out[plane + 1][1]);
                 }
             }
         }
         publish();
-        __syncthreads();
-        if (tile + gridDim.x < tiles) load(tile + gridDim.x);
+        group_barrier(group);
+        if (tile + stride < tiles) load(tile + stride);
 
-        for (int block = group; block < OUT_BLOCKS; block += GROUPS) {
-            float sum[32];
-            mma_begin();
+        // Channels are the rows of this product and pixels its columns: of the operands in shared
+        // memory the weights are the smaller then.
+        float sum[N / 2];
+        mma_begin();
 #pragma unroll
-            for (int tap = 0; tap < 9; ++tap)
+        for (int tap = 0; tap < 9; ++tap)
 #pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    const int dy = tap / 3, dx = tap % 3;
-                    const int part = (dy & 1) * 2 + (dx & 1);
-                    const int first = block * 64 + (dy >> 1) * PW + (dx >> 1);
-                    mma_64(sum,
-                           operand(mid_address + 2 * k * PLANE + part * PART + first * 16, PLANE),
-                           operand(kernel_2_address + (tap * 4 + 2 * k) * 1024, 1024),
-                           tap + k > 0);
-                }
-            mma_end();
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int pixel = block * 64 + row_in_block + half * 8;
-                const int row = pixel / PW, column = pixel % PW;
-                const bool wanted = row < TH && column < TW && top + row < out_height &&
-                                    left + column < out_width;
-                const u64 frame = tile / (tiles_x * tiles_y);
-                u16* const target = output +
-                    ((frame * out_height + top + row) * out_width + left + column) * 64;
-#pragma unroll
-                for (int quarter = 0; quarter < 2; ++quarter) {
-                    u32 out[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int plane = quarter * 4 + i;
-                        const float2 b = *(const float2*)(offset_2 + plane * 8 + pair);
-                        out[i] = pack(leaky(sum[plane * 4 + half * 2] + b.x),
-                                      leaky(sum[plane * 4 + half * 2 + 1] + b.y));
-                    }
-                    quad_transpose(out, lane);
-                    if (wanted)
-                        *(uint4*)(target + (quarter * 4 + quad) * 8) =
-                            make_uint4(out[0], out[1], out[2], out[3]);
-                }
+            for (int k = 0; k < 2; ++k) {
+                const int dy = tap / 3, dx = tap % 3;
+                const int first = (dy & 1 ? 2 * EVEN : 0) + (dx & 1) * (dy & 1 ? ODD : EVEN) +
+                                  (dy >> 1) * PW + (dx >> 1);
+                MMA_2(sum, operand(kernel_2_address + (tap * 4 + 2 * k) * 1024, 1024),
+                      operand(mid_address + 2 * k * PLANE + first * 16, PLANE), tap + k > 0);
             }
+        mma_end();
+        // All have read what the results now overwrite.
+        group_barrier(group);
+#pragma unroll
+        for (int i = 0; i < N / 16; ++i) {
+            const float* const d = sum + i * 8;
+            store_transposed(out_row + i * 256,
+                             leaky_pair(pack(d[0] + offset[0], d[1] + offset[0])),
+                             leaky_pair(pack(d[2] + offset[1], d[3] + offset[1])),
+                             leaky_pair(pack(d[4] + offset[0], d[5] + offset[0])),
+                             leaky_pair(pack(d[6] + offset[1], d[7] + offset[1])));
+        }
+        group_barrier(group);
+        const u64 frame = tile / (tiles_x * tiles_y);
+        for (int i = thread; i < TH * TW * 8; i += 128) {
+            const int pixel = i >> 3, plane = i & 7;
+            const int row = pixel / TW, column = pixel % TW;
+            if (top + row < out_height && left + column < out_width)
+                *(uint4*)(output +
+                          ((frame * out_height + top + row) * out_width + left + column) * 64 +
+                          plane * 8) =
+                    *(const uint4*)(mid + plane * OUT_PLANE + (row * PW + column) * 16);
         }
     }
 }
@@ -208,10 +224,9 @@ class StemTile:
     groups: int
 
     @property
-    def pixels(self) -> int:
-        """Pixels that a quarter of a plane has room for."""
-        # The last rows of the second product read on into the next part; nobody wants them.
-        return -((self.height + 1) * (self.width + 1) // -_ROWS) * _ROWS
+    def columns(self) -> int:
+        """Columns of the second product, whose columns are pixels."""
+        return -(self.height * (self.width + 1) // -16) * 16
 
     @property
     def pitch_bytes(self) -> int:
@@ -219,28 +234,30 @@ class StemTile:
         return -((3 + (2 * self.width + 4) * 3 + 1) // -4) * 4
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        kernels = 4 * 32 * 16 + 9 * 4 * 64 * 16 + 96 * 4
-        return 16 * self.pixels * 16 + kernels + (2 * self.height + 4) * self.pitch_bytes
+    def padding_bytes(self) -> int:
+        """What a group's memory lacks to a multiple of 128 bytes."""
+        return -self._own_bytes % 128
 
     @property
-    def resident(self) -> int:
-        """Blocks that a multiprocessor holds."""
-        return max(1, min(232448 // (self.shared_bytes + 1024), 2048 // (self.groups * 128)))
+    def _own_bytes(self) -> int:
+        between = 4 * (2 * self.height + 1) * (self.width + 1) * 2 * 16
+        return between + 128 + (2 * self.height + 4) * self.pitch_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        own = self._own_bytes + self.padding_bytes
+        return 4 * 32 * 16 + 9 * 4 * 64 * 16 + self.groups * own
 
 
 #: What is worth trying; the widths divide the maps of inputs of 416 and 608 pixels.
 STEM_VARIANTS = (
+    StemTile(8, 26, 3),
+    StemTile(16, 13, 3),
+    StemTile(4, 26, 4),
     StemTile(8, 26, 2),
-    StemTile(8, 26, 4),
-    StemTile(16, 26, 4),
-    StemTile(8, 52, 4),
-    StemTile(4, 26, 2),
-    StemTile(8, 13, 2),
     StemTile(8, 19, 3),
-    StemTile(8, 38, 4),
-    StemTile(16, 19, 4),
+    StemTile(12, 19, 2),
 )
 
 
@@ -278,8 +295,7 @@ class Stem:
             )
         self._tile = tile
         self._constants = (
-            pack_bytes(first[0]),
-            first[1].contiguous(),
+            pack_bytes(*first),
             pack_planes(second[0]),
             second[1].contiguous(),
         )
@@ -291,10 +307,12 @@ class Stem:
                 "TH": tile.height,
                 "TW": tile.width,
                 "GROUPS": tile.groups,
-                "PIXELS": tile.pixels,
                 "PITCH": tile.pitch_bytes,
-                "RESIDENT": tile.resident,
+                "OWN_PAD": tile.padding_bytes,
+                "N": tile.columns,
+                "MMA_2": f"mma_{tile.columns}",
             },
+            products=[(32, True), (tile.columns, False)],
             threads=tile.groups * 128,
             shared_bytes=tile.shared_bytes,
         )
@@ -311,13 +329,14 @@ class Stem:
                 f"got frames of {height} x {width}; expected an even height and a width in fours"
             )
         tiles = n * -(height // 2 // -self._tile.height) * -(width // 2 // -self._tile.width)
+        tiles = -(tiles // -self._tile.groups)
         self._kernel(tiles, frames, *self._constants, out, n, height, width, device=frames.device)
 
 
-def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
-    """Weights (out, 3, 3, 3) as (4, out, 8): rows of nine bytes, each padded to ten."""
+def pack_bytes(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Weights (out, 3, 3, 3) as (4, out, 8): rows of nine bytes, each padded to ten; the bias."""
     out = weight.shape[0]
     rows = weight.permute(2, 3, 1, 0).reshape(3, 9, out)
     taps = torch.nn.functional.pad(rows, (0, 0, 0, 1)).reshape(30, out)
-    taps = torch.nn.functional.pad(taps, (0, 0, 0, 2))
+    taps = torch.cat((taps, bias[None], torch.zeros_like(bias)[None]))
     return taps.reshape(4, 8, out).transpose(1, 2).contiguous()

@@ -207,7 +207,8 @@ def fuse(
 
 
 class _Planner:
-    def __init__(self, network: NetworkPlan, *, stem: bool, units: Collection[int], strided: bool
+    def __init__(
+        self, network: NetworkPlan, *, stem: bool, units: Collection[int], strided: bool
     ) -> None:
         self._layers = network.layers
         self._stem, self._units, self._strided = stem, units, strided

@@ -68,7 +68,10 @@ def convolve(x, weight, bias, **options):
 def test_residual_unit(hopper, channels, tile, shape, dtype):
     n, height, width = shape
     half = channels // 2
-    first = random(half, channels, 1, 1, dtype=dtype, scale=channels**-0.5), random(half, dtype=dtype)
+    first = (
+        random(half, channels, 1, 1, dtype=dtype, scale=channels**-0.5),
+        random(half, dtype=dtype),
+    )
     second = random(channels, half, 3, 3, dtype=dtype, scale=0.08), random(channels, dtype=dtype)
     x = random(n, channels, height, width, dtype=dtype)
     out = torch.full_like(x, torch.nan)
