@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,7 @@ class CudnnConvolutions:
         self._device = device
         with torch.cuda.device(device):
             self._handle = self._cudnn.create_handle()
+        weakref.finalize(self, self._cudnn.destroy_handle, self._handle)
 
     @property
     def versions(self) -> tuple[str, str]:

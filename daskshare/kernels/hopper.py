@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from daskshare.errors import ConfigurationError
+from daskshare.kernels.cupy_kernel import cupy_stream
 
 __all__ = ["HopperKernel", "is_hopper"]
 
@@ -307,7 +308,7 @@ class HopperKernel:
             for arg in args
         )
         stream = torch.cuda.current_stream(device).cuda_stream
-        with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+        with cupy.cuda.Device(device.index), cupy_stream(stream):
             self._function(
                 (min(self.blocks, num_tiles), 1, 1),
                 (self.threads, 1, 1),

@@ -1,14 +1,15 @@
 """Decode a chunk on a CUDA device with PyNvVideoCodec; frames never visit the host.
 
 PyAV demultiplexes, so that both decoders follow the same plan of packets; NVDEC decodes into
-NV12 or P016 surfaces; a CuPy kernel turns each into RGB. Whatever NVDEC cannot do, or fails to do
-half-way, goes to PyAV, and the stream says so.
+NV12 or P016 surfaces; one CuPy kernel turns each into RGB, letterboxed for the network where that
+is asked for. Whatever NVDEC cannot do, or fails to do half-way, goes to PyAV, and the stream says
+so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from daskshare.errors import VideoError
 from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 from daskshare.models.spec import FrameBatch
 from daskshare.video import decode
+from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from daskshare.device import Device
     from daskshare.video.chunk import VideoChunk
 
-__all__ = ["NvdecFrames", "SessionKey", "open_frames", "refusal"]
+__all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
 
 # Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
 _CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
@@ -43,7 +45,7 @@ class _NvdecFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SessionKey:
-    """What a decoding session depends on; chunks with equal keys could share one.
+    """What a decoding session depends on; chunks with equal keys use the same ones in turn.
 
     Parameters
     ----------
@@ -134,6 +136,7 @@ class _Session:
         import torch
 
         self.key = key
+        self._base = self._latest = 0
         with torch.cuda.device(key.device_index):
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
@@ -145,60 +148,106 @@ class _Session:
                 usedevicememory=True,
             )
 
-    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[Any]:
-        """Feed a packet (``None``: drain) with its time; returns surfaces in display order."""
+    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[tuple[Any, int]]:
+        """Feed a packet (``None``: drain) with its time; returns surfaces in display order.
+
+        Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
+        the decoder at once: those that come during the next chunk are recognised and left out.
+        """
         import PyNvVideoCodec
 
         data = PyNvVideoCodec.PacketData()
         if packet is not None:
             data.bsl = packet.size
             data.bsl_data = packet.buffer_ptr
-            data.pts = ticks
+            data.pts = self._base + ticks
+            self._latest = max(self._latest, data.pts)
             data.key = int(packet.is_keyframe)
-        return list(self._decoder.Decode(data))
+        return [
+            (surface, int(surface.timestamp) - self._base)
+            for surface in self._decoder.Decode(data)
+            if surface.timestamp >= self._base
+        ]
 
-    def to_rgb(self, surface: Any, out: torch.Tensor, conversion: YuvConversion) -> None:
-        """Queue the conversion of a surface into one frame of a batch."""
+    def converter(
+        self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
+    ) -> Callable[[Any, torch.Tensor], None]:
+        """Return what queues the conversion of a surface like ``surface`` into one frame."""
         import torch
 
         luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
         sample_bytes = 1 if self.key.bit_depth == 8 else 2
         format_name = str(getattr(surface.format, "name", surface.format))
         # Chroma follows luma in one allocation, which tells the distance between rows.
-        pitch, rest = divmod(chroma - luma, self.key.height)
+        distance = chroma - luma
+        pitch, rest = divmod(distance, self.key.height)
         expected = "NV12" if sample_bytes == 1 else "P016"
         if format_name != expected or rest or pitch < self.key.width * sample_bytes:
             raise _NvdecFailed(
-                f"got a {format_name} surface of shape {surface.shape} with {chroma - luma} bytes "
+                f"got a {format_name} surface of shape {surface.shape} with {distance} bytes "
                 f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
             )
-        with torch.cuda.device(self.key.device_index):
-            surface_to_rgb(
-                luma,
-                chroma,
-                out,
-                conversion,
-                luma_pitch_bytes=pitch,
-                chroma_pitch_bytes=pitch,
-                sample_bytes=sample_bytes,
-                stream=self.stream.cuda_stream,
-            )
+        if input_size is not None:
+            from daskshare.kernels.preprocess import Letterbox
+            from daskshare.kernels.surface import SurfaceLetterbox
+
+            with torch.cuda.device(self.key.device_index):
+                to_input = SurfaceLetterbox(
+                    Letterbox(self.key.height, self.key.width, *input_size),
+                    conversion,
+                    pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    device_index=self.key.device_index,
+                    stream=self.stream.cuda_stream,
+                )
+
+        def convert(surface: Any, out: torch.Tensor) -> None:
+            luma = int(surface.GetPtrToPlane(0))
+            with torch.cuda.device(self.key.device_index):
+                if input_size is not None:
+                    to_input(luma, luma + distance, out.data_ptr())
+                else:
+                    surface_to_rgb(
+                        luma,
+                        luma + distance,
+                        out,
+                        conversion,
+                        luma_pitch_bytes=pitch,
+                        chroma_pitch_bytes=pitch,
+                        sample_bytes=sample_bytes,
+                        stream=self.stream.cuda_stream,
+                    )
+
+        return convert
+
+    def drain(self) -> None:
+        """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
+        self.decode(None, 0)
+        self._base = self._latest + 1
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Give the decoder's surfaces back, after the kernels that still read them."""
+        self.stream.synchronize()
+        self._decoder = None
 
 
-@contextmanager
-def _session(key: SessionKey) -> Iterator[_Session]:
-    """A session for one chunk. The one place to change for sharing sessions between chunks."""
-    session = _Session(key)
-    try:
-        yield session
-    finally:
-        # The decoder's surfaces must not be freed under kernels that still read them.
-        session.stream.synchronize()
+_sessions: SessionPool[SessionKey, _Session] = SessionPool(_Session)
+
+
+def close_idle_sessions() -> None:
+    """Close the decoding sessions of this process that no chunk uses; from any thread."""
+    _sessions.close_idle()
 
 
 @contextmanager
 def open_frames(
-    chunk: VideoChunk, device: Device, *, batch_frames: int, fall_back: bool
+    chunk: VideoChunk,
+    device: Device,
+    *,
+    batch_frames: int,
+    fall_back: bool,
+    input_size: tuple[int, int] | None = None,
 ) -> Iterator[NvdecFrames]:
     """Open a chunk for decoding on a CUDA device.
 
@@ -211,13 +260,22 @@ def open_frames(
         Most frames in a batch.
     fall_back : bool
         Whether PyAV goes on where NVDEC fails; otherwise VideoError is raised.
+    input_size : tuple of int, optional
+        Height and width to which frames are letterboxed; not those of rotated video.
 
     Yields
     ------
     NvdecFrames
     """
     with open_av(chunk.video, storage_options=chunk.storage_options) as container:
-        yield NvdecFrames(chunk, container, device, batch_frames=batch_frames, fall_back=fall_back)
+        yield NvdecFrames(
+            chunk,
+            container,
+            device,
+            batch_frames=batch_frames,
+            fall_back=fall_back,
+            input_size=None if chunk.rotation else input_size,
+        )
 
 
 class NvdecFrames:
@@ -230,6 +288,7 @@ class NvdecFrames:
     device : Device
     batch_frames : int
     fall_back : bool
+    input_size : tuple of int or None
 
     Attributes
     ----------
@@ -249,7 +308,9 @@ class NvdecFrames:
         *,
         batch_frames: int,
         fall_back: bool,
+        input_size: tuple[int, int] | None = None,
     ) -> None:
+        self._input_size = input_size
         self.decoder = "nvdec"
         self.decoder_note = ""
         self.problem = ""
@@ -292,10 +353,12 @@ class NvdecFrames:
         stream = decode.video_stream(self._container, chunk)
         conversion = decode.stream_conversion(stream)
         pts = chunk.pts()
-        capacity, height, width = self._batch_frames, key.height, key.width
+        capacity = self._batch_frames
+        height, width = self._input_size or (key.height, key.width)
         emitted = size = 0
-        with _session(key) as session:
+        with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
+            convert: Callable[[Any, torch.Tensor], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
@@ -309,7 +372,9 @@ class NvdecFrames:
                             dtype=torch.uint8,
                             device=self._device.torch_device(),
                         )
-                session.to_rgb(surface, batch[size], conversion)
+                if convert is None:
+                    convert = session.converter(surface, conversion, self._input_size)
+                convert(surface, batch[size])
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
@@ -344,10 +409,10 @@ class NvdecFrames:
                 parts[0] = _with_prefix(parameter_sets, parts[0])
                 parameter_sets = b""
             for part in parts:
-                # Times are counted from the chunk's start so that they are small in the parser.
+                # Times are counted from the chunk's start, whatever a session did before.
                 ticks = 0 if part is None or part.pts is None else part.pts - origin
-                for surface in session.decode(part, ticks):
-                    yield surface, int(surface.timestamp) + origin
+                for surface, time in session.decode(part, ticks):
+                    yield surface, time + origin
         if numbers.errors:
             raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
 
@@ -362,6 +427,7 @@ class NvdecFrames:
             frames=frames,
             first_frame=self._chunk.first_frame + emitted,
             pts_seconds=pts[emitted : emitted + count] * float(self._chunk.time_base),
+            source_size=(self._chunk.height, self._chunk.width) if self._input_size else None,
         )
 
 
