@@ -15,7 +15,7 @@ from daskshare.kernels.enlarge import enlarge
 from daskshare.kernels.hopper import is_hopper
 from daskshare.kernels.residual_unit import RESIDUAL_UNIT_VARIANTS, ResidualUnit
 from daskshare.kernels.stem import STEM_VARIANTS, Stem
-from daskshare.models.fused_cuda import build_fused
+from daskshare.models.fused_cuda import CudaOperations, build_fused
 from daskshare.models.network import YoloNetwork
 from daskshare.models.weights import read_darknet
 from daskshare.models.yolov3 import yolov3_spec
@@ -196,7 +196,7 @@ def assert_same_candidates(got, expected):
 def test_decoder_equals_the_network(tmp_path, dtype, threshold, class_ids, most):
     network = small_network(tmp_path, dtype, confidence_threshold=threshold, class_ids=class_ids)
     network.max_candidates = min(most, network.max_candidates)
-    _, operations, _ = build_fused(network, 3, folder=tmp_path)
+    operations = CudaOperations(network, CudnnConvolutions(DEVICE), {})
     heads = [
         random(3, -(layer.channels // -8) * 8, layer.height, layer.width, dtype=dtype)
         for layer in (network.plan.layers[head.index - 1] for head in network.plan.heads)
