@@ -7,6 +7,7 @@ disk.
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -59,6 +60,11 @@ class _Report:
     fallbacks: list[str] = field(default_factory=list)
     microseconds: dict[str, float] = field(default_factory=dict)
     tried: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Microseconds of all steps whose kernel was chosen by measuring."""
+        return sum(self.microseconds.values())
 
 
 class CudaOperations(TorchOperations):
@@ -195,7 +201,8 @@ class CudaOperations(TorchOperations):
         middle = _convolved(frames[:1].permute(0, 3, 1, 2), *first, padding=1).to(target.dtype)
         expected = _convolved(middle, *second, padding=1, stride=2)
         name = f"stem-{tuple(target.shape)}"
-        chosen = self._fastest(name, STEM_VARIANTS, make, target, expected)
+        layers = f"layers {step.first} and {step.second}"
+        chosen = self._fastest(layers, name, STEM_VARIANTS, make, target, expected)
         if chosen not in kernels:
             make(chosen)
         kernel = kernels[chosen]
@@ -213,7 +220,9 @@ class CudaOperations(TorchOperations):
         middle = _convolved(source[:1], *first).to(target.dtype)
         expected = _convolved(middle, *second, padding=1) + source[:1].float()
         tiles = RESIDUAL_UNIT_VARIANTS[target.shape[1]]
-        chosen = self._fastest(f"unit-{tuple(target.shape)}", tiles, make, target, expected)
+        name = f"unit-{tuple(target.shape)}"
+        layers = f"layers {step.first} and {step.second}"
+        chosen = self._fastest(layers, name, tiles, make, target, expected)
         if chosen not in kernels:
             make(chosen)
         kernel = kernels[chosen]
@@ -257,6 +266,7 @@ class CudaOperations(TorchOperations):
 
     def _fastest(
         self,
+        layers: str,
         name: str,
         tiles: Sequence[_Tile],
         make: Callable[[_Tile], Callable[[], None]],
@@ -268,7 +278,7 @@ class CudaOperations(TorchOperations):
         known = self._choices.get(name)
         if known is not None and known["tile"] in by_name:
             self.report.loaded += 1
-            self.report.microseconds[name] = known["microseconds"]
+            self.report.microseconds[layers] = known["microseconds"]
             return by_name[known["tile"]]
         times: list[tuple[float, str]] = []
         problems = []
@@ -292,7 +302,7 @@ class CudaOperations(TorchOperations):
         self.report.measured += 1
         self.report.tried[name] = [(row[1], row[0]) for row in sorted(times)]
         microseconds, chosen = min(times)
-        self.report.microseconds[name] = microseconds
+        self.report.microseconds[layers] = microseconds
         self._choices[name] = {"tile": chosen, "microseconds": microseconds}
         return by_name[chosen]
 
@@ -360,22 +370,30 @@ def build_fused(
     )
     with tuning.locked():
         choices = tuning.read()
-        for ours in (True, False) if own else (False,):
+        known = json.dumps(choices, sort_keys=True)
+        attempts: list[CudaOperations] = []
+
+        def attempt(stem: bool, units: Collection[int]) -> tuple[CudaOperations, FusedNetwork]:
             try:
-                plan = fuse(
-                    network.plan, stem=stem and ours, units=units if ours else (), strided=strided
-                )
+                plan = fuse(network.plan, stem=stem, units=units, strided=strided)
             except ValueError as error:
                 raise FusedUnavailableError(str(error)) from error
             operations = CudaOperations(network, cudnn, choices)
-            try:
-                fused = FusedNetwork(network, plan, batch_size, operations)
-                break
-            except _NoVariantError as error:
-                logger.warning("Using cuDNN alone: %s", error)
+            attempts.append(operations)
+            return operations, FusedNetwork(network, plan, batch_size, operations)
+
+        try:
+            kept = _worthwhile(network, batch_size, units if own else (), choices, attempt)
+            operations, fused = attempt(stem and own, kept)
+        except _NoVariantError as error:
+            logger.warning("Using cuDNN alone: %s", error)
+            operations, fused = attempt(False, ())
         operations.finish()
-        if operations.report.measured:
+        if json.dumps(choices, sort_keys=True) != known:
             tuning.write(choices)
+            # What was only tried.
+            torch.cuda.empty_cache()
+    operations.report.measured = sum(tried.report.measured for tried in attempts)
     operations.report.seconds = time.monotonic() - started
 
     def forward(batch: torch.Tensor) -> Candidates:
@@ -383,6 +401,28 @@ def build_fused(
         return fused(batch)
 
     return forward, operations, fused
+
+
+def _worthwhile(
+    network: YoloNetwork,
+    batch_size: int,
+    units: Collection[int],
+    choices: dict[str, Any],
+    attempt: Callable[[bool, Collection[int]], tuple[CudaOperations, FusedNetwork]],
+) -> tuple[int, ...]:
+    """Those of ``units`` whose kernel is faster than two convolutions of cuDNN's."""
+    if not units:
+        return ()
+    plan = network.plan
+    name = f"units-{batch_size}-{plan.height}-{plan.width}-{plan.num_parameters}-{sorted(units)}"
+    if name not in choices:
+        everything = attempt(False, units)[0].report.total
+        choices[name] = [
+            count
+            for count in sorted(units)
+            if attempt(False, set(units) - {count})[0].report.total > everything
+        ]
+    return tuple(choices[name])
 
 
 def _convolved(

@@ -47,9 +47,18 @@ class TuningFile:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the file for oneself: read, measure and write within."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
+        lock = FileLock(f"{self.path}.lock")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            logger.warning("%s cannot be kept (%s); every start measures anew", self.path, error)
             yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
 
     def read(self) -> dict[str, Any]:
         """The choices so far."""
@@ -66,9 +75,15 @@ class TuningFile:
         return {}
 
     def write(self, choices: dict[str, Any]) -> None:
-        """Replace the choices; readers see the old file or the new one, never a part."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace the choices; readers see the old file or the new one, never a part.
+
+        A folder that cannot be written is logged: the choices serve this process all the same.
+        """
         partial = self.path.with_suffix(f".{os.getpid()}.part")
         content = {"subject": self._subject, "choices": choices}
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True), "utf-8")
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(content, indent=1, sort_keys=True), "utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error)

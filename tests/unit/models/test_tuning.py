@@ -77,3 +77,13 @@ def test_nothing_but_the_file_and_its_lock_stays(tmp_path):
         tuning.write({"x": 1})
     left = {path.name for path in tmp_path.iterdir()}
     assert left - {f"{tuning.path.name}.lock"} == {tuning.path.name}
+
+
+def test_a_folder_that_cannot_be_written_is_only_logged(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    tuning = TuningFile(tmp_path / "file" / "folder", gpu="A")
+    with caplog.at_level(logging.WARNING), tuning.locked():
+        tuning.write({"x": 1})
+    assert "every start measures anew" in caplog.text
+    assert "cannot be written" in caplog.text
+    assert tuning.read() == {}
