@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -383,8 +384,9 @@ def build_fused(
             return operations, FusedNetwork(network, plan, batch_size, operations)
 
         try:
-            kept = _worthwhile(network, batch_size, units if own else (), choices, attempt)
-            operations, fused = attempt(stem and own, kept)
+            with_stem = partial(attempt, stem and own)
+            kept = _worthwhile(network, batch_size, units if own else (), choices, with_stem)
+            operations, fused = with_stem(kept)
         except _NoVariantError as error:
             logger.warning("Using cuDNN alone: %s", error)
             operations, fused = attempt(False, ())
@@ -408,7 +410,7 @@ def _worthwhile(
     batch_size: int,
     units: Collection[int],
     choices: dict[str, Any],
-    attempt: Callable[[bool, Collection[int]], tuple[CudaOperations, FusedNetwork]],
+    attempt: Callable[[Collection[int]], tuple[CudaOperations, FusedNetwork]],
 ) -> tuple[int, ...]:
     """Those of ``units`` whose kernel is faster than two convolutions of cuDNN's."""
     if not units:
@@ -416,11 +418,11 @@ def _worthwhile(
     plan = network.plan
     name = f"units-{batch_size}-{plan.height}-{plan.width}-{plan.num_parameters}-{sorted(units)}"
     if name not in choices:
-        everything = attempt(False, units)[0].report.total
+        everything = attempt(units)[0].report.total
         choices[name] = [
             count
             for count in sorted(units)
-            if attempt(False, set(units) - {count})[0].report.total > everything
+            if attempt(set(units) - {count})[0].report.total > everything
         ]
     return tuple(choices[name])
 
