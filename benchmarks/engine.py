@@ -188,47 +188,39 @@ def measure(report: Report, settings: dict[str, Any], size: int) -> None:
         again = in_process(engine_main, {**settings, "repeats": 0, "seconds": 0.5}, size)
         ours["ready_again_seconds"] = again["ready_seconds"]
     others = in_process(loop_main, settings, size)
-    rate = statistics.median(ours["rates"])
-    memory = (ours["memory"] - idle) / 2**30
-    limit = others.pop("roofline", float("nan"))
-    row = {"input_size": size, "way": "daskshare engine", "frames_per_second": round(rate, 1)}
-    row |= {"memory_gib": round(memory, 2), "of_roofline": round(rate / limit, 3)}
-    row |= {
-        k: v if isinstance(v, str) else round(float(v), 2)
-        for k, v in ours.items()
-        if (k not in ("rates", "memory"))
+    rate = statistics.median(ours.pop("rates"))
+    memory = (ours.pop("memory") - idle) / 2**30
+    limit = others.pop("roofline", None)
+    rates = {"daskshare engine": rate}
+    rates |= {
+        f"{name}, hand-written loop": others.pop(name)
+        for name in ("torch.compile", "eager")
+        if name in others
     }
-    report.add_row(**row)
-    for name in ("torch.compile", "eager"):
-        if name in others:
-            report.add_row(
-                input_size=size,
-                way=f"{name}, hand-written loop",
-                frames_per_second=round(others[name], 1),
-                of_roofline=round(others[name] / limit, 3),
-            )
-    report.add_row(
-        input_size=size,
-        way="roofline, layer by layer",
-        frames_per_second=round(limit, 1),
-        of_roofline=1.0,
-        **{
-            k: v if isinstance(v, str) else round(v, 2)
-            for k, v in others.items()
-            if (k not in ("torch.compile", "eager"))
-        },
-    )
+    if limit is not None:
+        rates["roofline, layer by layer"] = limit
+    details = {
+        "daskshare engine": {"memory_gib": memory, **ours},
+        "roofline, layer by layer": others,
+    }
+    for way, value in rates.items():
+        row = {"frames_per_second": value}
+        if limit is not None:
+            row["of_roofline"] = value / limit
+        row |= details.get(way, {})
+        rounded = {k: v if isinstance(v, str) else round(float(v), 3) for k, v in row.items()}
+        report.add_row(input_size=size, way=way, **rounded)
     for entry in report.rows[-4:]:
         print(entry, file=sys.stderr)
-    if settings["gpu"]:
-        if size in BOUNDS:
-            report.add_bar(f"engine at {size}", rate, "frames/s", bound=BOUNDS[size])
-        report.add_bar(
-            f"engine at {size} over torch.compile", rate / others["torch.compile"], "x", bound=1.2
-        )
-        report.add_bar(f"GPU memory at {size}", memory, "GiB", bound=MEMORY_GIB, comparison="<=")
-    else:
-        report.add_bar(f"engine at {size} over a loop", rate / others["eager"], "x", bound=0.9)
+    if not settings["gpu"]:
+        loop = rates["eager, hand-written loop"]
+        report.add_bar(f"engine at {size} over a loop", rate / loop, "x", bound=0.9)
+        return
+    if size in BOUNDS:
+        report.add_bar(f"engine at {size}", rate, "frames/s", bound=BOUNDS[size])
+    compiled = rates["torch.compile, hand-written loop"]
+    report.add_bar(f"engine at {size} over torch.compile", rate / compiled, "x", bound=1.2)
+    report.add_bar(f"GPU memory at {size}", memory, "GiB", bound=MEMORY_GIB, comparison="<=")
 
 
 def main() -> int:
