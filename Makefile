@@ -14,7 +14,7 @@ EXTRAS ?= dev
 STAMP := $(VENV)/.installed
 # In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
 RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python
-BENCHMARKS := $(filter-out __init__ report,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out report,$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py)))
 
 .PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:

@@ -8,16 +8,21 @@ so.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from daskshare.errors import VideoError
-from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 from daskshare.models.spec import FrameBatch
 from daskshare.video import decode
+from daskshare.video.nvdec_session import (
+    BIT_DEPTHS,
+    CODECS,
+    NvdecFailed,
+    NvdecSession,
+    SessionKey,
+    capabilities,
+)
 from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
 
@@ -32,37 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
 
-# Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
-_CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
-_BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
 # The NVIDIA parser wants start codes and parameter sets in the stream.
 _START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
-
-
-class _NvdecFailed(Exception):
-    """NVDEC cannot go on with this chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionKey:
-    """What a decoding session depends on; chunks with equal keys use the same ones in turn.
-
-    Parameters
-    ----------
-    device_index : int
-        CUDA ordinal in this process.
-    codec : str
-        FFmpeg's name.
-    bit_depth : int
-    width, height : int
-        Size as stored, pixels.
-    """
-
-    device_index: int
-    codec: str
-    bit_depth: int
-    width: int
-    height: int
 
 
 def _key(chunk: VideoChunk, device: Device) -> SessionKey:
@@ -71,7 +47,7 @@ def _key(chunk: VideoChunk, device: Device) -> SessionKey:
     return SessionKey(
         device_index=device.index,
         codec=chunk.codec,
-        bit_depth=_BIT_DEPTHS[chunk.pixel_format],
+        bit_depth=BIT_DEPTHS[chunk.pixel_format],
         width=width,
         height=height,
     )
@@ -88,9 +64,9 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
     """
     if not chunk.exact:
         return "the file's index cannot be trusted"
-    if chunk.codec not in _CODECS:
+    if chunk.codec not in CODECS:
         return f"the codec {chunk.codec} is not decoded on the GPU"
-    if chunk.pixel_format not in _BIT_DEPTHS:
+    if chunk.pixel_format not in BIT_DEPTHS:
         return f"the pixel format {chunk.pixel_format} is not 4:2:0"
     if chunk.width % 2 or chunk.height % 2:
         return f"the size {chunk.width}x{chunk.height} is odd"
@@ -101,7 +77,7 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
         return f"PyNvVideoCodec cannot be imported: {str(error).splitlines()[0]}"
     key = _key(chunk, device)
     try:
-        caps = _capabilities(key.device_index, key.codec, key.bit_depth)
+        caps = capabilities(key.device_index, key.codec, key.bit_depth)
     except (RuntimeError, PyNvVideoCodec.PyNvVCException) as error:
         return f"the GPU's decoder cannot be asked: {error}"
     if caps.get("num_decoder_engines", 0) < 1:
@@ -113,126 +89,7 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
     return ""
 
 
-@functools.cache
-def _capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int]:
-    import PyNvVideoCodec
-
-    return dict(
-        PyNvVideoCodec.GetDecoderCaps(
-            gpuid=device_index,
-            codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[codec]),
-            chromaformat=getattr(PyNvVideoCodec.cudaVideoChromaFormat, "420"),
-            bitdepth=bit_depth,
-        )
-    )
-
-
-class _Session:
-    """One NVDEC session with its own CUDA stream."""
-
-    def __init__(self, key: SessionKey) -> None:
-        import cupy
-        import PyNvVideoCodec
-        import torch
-
-        self.key = key
-        self._base = self._latest = 0
-        with torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            # The stream exists, so torch's (the primary) context is current in this thread.
-            self._decoder = PyNvVideoCodec.CreateDecoder(
-                gpuid=key.device_index,
-                codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[key.codec]),
-                cudacontext=cupy.cuda.driver.ctxGetCurrent(),
-                cudastream=self.stream.cuda_stream,
-                usedevicememory=True,
-            )
-
-    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[tuple[Any, int]]:
-        """Feed a packet (``None``: drain) with its time; returns surfaces in display order.
-
-        Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
-        the decoder at once: those that come during the next chunk are recognised and left out.
-        """
-        import PyNvVideoCodec
-
-        data = PyNvVideoCodec.PacketData()
-        if packet is not None:
-            data.bsl = packet.size
-            data.bsl_data = packet.buffer_ptr
-            data.pts = self._base + ticks
-            self._latest = max(self._latest, data.pts)
-            data.key = int(packet.is_keyframe)
-        return [
-            (surface, int(surface.timestamp) - self._base)
-            for surface in self._decoder.Decode(data)
-            if surface.timestamp >= self._base
-        ]
-
-    def converter(
-        self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
-    ) -> Callable[[Any, torch.Tensor], None]:
-        """Return what queues the conversion of a surface like ``surface`` into one frame."""
-        import torch
-
-        luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
-        sample_bytes = 1 if self.key.bit_depth == 8 else 2
-        format_name = str(getattr(surface.format, "name", surface.format))
-        # Chroma follows luma in one allocation, which tells the distance between rows.
-        distance = chroma - luma
-        pitch, rest = divmod(distance, self.key.height)
-        expected = "NV12" if sample_bytes == 1 else "P016"
-        if format_name != expected or rest or pitch < self.key.width * sample_bytes:
-            raise _NvdecFailed(
-                f"got a {format_name} surface of shape {surface.shape} with {distance} bytes "
-                f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
-            )
-        if input_size is not None:
-            from daskshare.kernels.preprocess import Letterbox
-            from daskshare.kernels.surface import SurfaceLetterbox
-
-            with torch.cuda.device(self.key.device_index):
-                to_input = SurfaceLetterbox(
-                    Letterbox(self.key.height, self.key.width, *input_size),
-                    conversion,
-                    pitch_bytes=pitch,
-                    sample_bytes=sample_bytes,
-                    device_index=self.key.device_index,
-                    stream=self.stream.cuda_stream,
-                )
-
-        def convert(surface: Any, out: torch.Tensor) -> None:
-            luma = int(surface.GetPtrToPlane(0))
-            with torch.cuda.device(self.key.device_index):
-                if input_size is not None:
-                    to_input(luma, luma + distance, out.data_ptr())
-                else:
-                    surface_to_rgb(
-                        luma,
-                        luma + distance,
-                        out,
-                        conversion,
-                        luma_pitch_bytes=pitch,
-                        chroma_pitch_bytes=pitch,
-                        sample_bytes=sample_bytes,
-                        stream=self.stream.cuda_stream,
-                    )
-
-        return convert
-
-    def drain(self) -> None:
-        """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
-        self.decode(None, 0)
-        self._base = self._latest + 1
-        self.stream.synchronize()
-
-    def close(self) -> None:
-        """Give the decoder's surfaces back, after the kernels that still read them."""
-        self.stream.synchronize()
-        self._decoder = None
-
-
-_sessions: SessionPool[SessionKey, _Session] = SessionPool(_Session)
+_sessions: SessionPool[SessionKey, NvdecSession] = SessionPool(NvdecSession)
 
 
 def close_idle_sessions() -> None:
@@ -324,7 +181,7 @@ class NvdecFrames:
         import av
         import PyNvVideoCodec
 
-        failures = (_NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException, av.FFmpegError)
+        failures = (NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException, av.FFmpegError)
         done = 0
         try:
             for batch in self._from_gpu():
@@ -358,13 +215,13 @@ class NvdecFrames:
         emitted = size = 0
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
-            convert: Callable[[Any, torch.Tensor], None] | None = None
+            convert: Callable[[Any, torch.Tensor, int], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
                     continue
                 if ticks != pts[position]:
-                    raise _NvdecFailed(f"frame {chunk.first_frame + position} did not come")
+                    raise NvdecFailed(f"frame {chunk.first_frame + position} did not come")
                 if batch is None:
                     with torch.cuda.stream(session.stream):
                         batch = torch.empty(
@@ -374,7 +231,7 @@ class NvdecFrames:
                         )
                 if convert is None:
                     convert = session.converter(surface, conversion, self._input_size)
-                convert(surface, batch[size])
+                convert(surface, batch, size)
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
@@ -385,14 +242,14 @@ class NvdecFrames:
                 if emitted == len(pts):
                     break
         if emitted < len(pts):
-            raise _NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
+            raise NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
         numbers = decode.FrameNumbers(chunk)
         for ticks in pts:
             numbers.place(int(ticks))
         self.problem = numbers.problem()
 
     def _surfaces(
-        self, session: _Session, stream: VideoStream, origin: int
+        self, session: NvdecSession, stream: VideoStream, origin: int
     ) -> Iterator[tuple[Any, int]]:
         from av.bitstream import BitStreamFilterContext
 
@@ -402,6 +259,8 @@ class NvdecFrames:
         parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
+            if self._refers_past_the_keyframe(packet, origin):
+                continue
             parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
                 parts = [*to_start_codes.filter(packet)]
@@ -414,7 +273,17 @@ class NvdecFrames:
                 for surface, time in session.decode(part, ticks):
                     yield surface, time + origin
         if numbers.errors:
-            raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
+            raise NvdecFailed(f"reading broke off: {numbers.last_error}")
+
+    def _refers_past_the_keyframe(self, packet: Packet[Any] | None, origin: int) -> bool:
+        # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the standard says,
+        # but gives their times to the pictures that follow.
+        return (
+            self._chunk.codec == "hevc"
+            and packet is not None
+            and packet.pts is not None
+            and packet.pts < origin
+        )
 
     def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
         import torch

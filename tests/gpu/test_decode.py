@@ -47,7 +47,7 @@ def device():
 
 def can_decode(name, device):
     """Whether the chip has a decoder; only AV1's is missing on some."""
-    return name != "av1.mp4" or nvdec._capabilities(device.index, "av1", 8)["num_decoder_engines"]
+    return name != "av1.mp4" or nvdec.capabilities(device.index, "av1", 8)["num_decoder_engines"]
 
 
 def write_clip(path, codec, pixel_format, options, *, frames=60, width=320, height=240, turn=0):
@@ -174,7 +174,7 @@ def test_failure_half_way_goes_on_with_pyav(device, tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", *CASES["h264.mp4"])
     (chunk,) = probe_videos(path, chunk_seconds=100)
     expected, _, _ = frames_of([chunk], decoder="pyav")
-    decode = nvdec._Session.decode
+    decode = nvdec.NvdecSession.decode
     calls = []
 
     def fail_after_30(self, packet, ticks):
@@ -183,7 +183,7 @@ def test_failure_half_way_goes_on_with_pyav(device, tmp_path, monkeypatch):
             raise RuntimeError("the session broke")
         return decode(self, packet, ticks)
 
-    monkeypatch.setattr(nvdec._Session, "decode", fail_after_30)
+    monkeypatch.setattr(nvdec.NvdecSession, "decode", fail_after_30)
     got, decoders, notes = frames_of([chunk], device=device, decoder="auto")
     assert decoders == {"pyav"}
     assert any("the session broke" in note for note in notes)

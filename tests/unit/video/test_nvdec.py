@@ -41,7 +41,8 @@ class StandInSession:
         return [(SimpleNamespace(frame=f), f.pts) for f in frames if f.pts not in self.drop]
 
     def converter(self, surface, conversion, input_size):
-        def convert(surface, out):
+        def convert(surface, batch, position):
+            out = batch[position]
             frame = torch.from_numpy(yuv420_to_rgb(*self.planes(surface.frame), conversion))
             if input_size is None:
                 out.copy_(frame)
@@ -73,9 +74,9 @@ def library(monkeypatch):
     }
     module.GetDecoderCaps = lambda **asked: module.caps
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     yield module
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_refusal(written, reason, clips, sessions, tmp_path):
 def test_refusal_without_an_engine_or_a_library(clips, library, tmp_path, monkeypatch):
     (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4", frames=5))
     assert nvdec.refusal(chunk, DEVICE) == ""
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     library.caps = {"num_decoder_engines": 0}
     assert "does not decode h264" in nvdec.refusal(chunk, DEVICE)
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)
