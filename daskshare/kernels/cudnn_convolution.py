@@ -20,8 +20,6 @@ _X, _WEIGHT, _BIAS, _Y, _RESIDUAL = 1, 2, 3, 4, 5
 # More scratch memory than this is not worth any plan here.
 _MAX_WORKSPACE_BYTES = 64 << 20
 _RUNS = 9
-# Building one takes a fifth of a second; cuDNN offers up to eighty, the good ones among the first.
-_MAX_PLANS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ class CudnnConvolutions:
         return {uid: tensor.data_ptr() for uid, tensor in tensors.items()}
 
     def measure(
-        self, case: ConvolutionCase, tensors: dict[int, int], *, max_plans: int = _MAX_PLANS
+        self, case: ConvolutionCase, tensors: dict[int, int], *, max_plans: int
     ) -> tuple[Plan, bytes, list[tuple[str, float]]]:
         """Try cuDNN's plans and keep the fastest.
 

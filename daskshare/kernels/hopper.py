@@ -19,7 +19,10 @@ import torch
 from daskshare.errors import ConfigurationError
 from daskshare.kernels.cupy_kernel import cupy_stream
 
-__all__ = ["HopperKernel", "is_hopper"]
+__all__ = ["SHARED_BYTES", "HopperKernel", "is_hopper", "prelude"]
+
+#: Shared memory of a multiprocessor, of which each block takes 1 KiB for itself.
+SHARED_BYTES = 228 * 1024
 
 
 def _wgmma(columns: int, *, a_in_registers: bool) -> str:
@@ -93,12 +96,6 @@ __device__ __forceinline__ void publish()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void copy_16(u32 target, const void* source, bool present)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(target), "l"(source), "r"(present ? 16 : 0) : "memory");
-}
-
 __device__ __forceinline__ void copy_4(u32 target, const void* source, bool present)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
@@ -147,17 +144,6 @@ __device__ __forceinline__ u32 leaky_pair(u32 x)
     return out;
 }
 
-__device__ __forceinline__ u32 add_pair(u32 a, u32 b)
-{
-    u32 out;
-#if BF16
-    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#else
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#endif
-    return out;
-}
-
 // Four 8 x 8 matrices; each lane gives the address of one row of 16 bytes.
 __device__ __forceinline__ void store_matrices(u32 at, u32 a, u32 b, u32 c, u32 d)
 {
@@ -169,12 +155,6 @@ __device__ __forceinline__ void store_transposed(u32 at, u32 a, u32 b, u32 c, u3
 {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-__device__ __forceinline__ void load_transposed(u32 at, u32 (&v)[4])
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
 }
 
 // Waits for the four warps of a group alone.

@@ -234,6 +234,31 @@ class StemTile:
         return -((3 + (2 * self.width + 4) * 3 + 1) // -4) * 4
 
     @property
+    def reach_bytes(self) -> int:
+        """How far into shared memory the last group's kernels read, whoever wants what they read.
+
+        The last columns of the second product lie beyond the last plane, and the pixels of the
+        last rows and columns of the frame beyond what the tile needs.
+        """
+        pitch, pixels = self.width + 1, (2 * self.height + 1) * (self.width + 1) * 2
+        even, odd = (self.height + 1) * pitch, self.height * pitch
+        firsts = (
+            (2 * even if dy & 1 else 0)
+            + (dx & 1) * (odd if dy & 1 else even)
+            + (dy >> 1) * pitch
+            + (dx >> 1)
+            for dy in range(3)
+            for dx in range(3)
+        )
+        product = (3 * pixels + max(firsts) + self.columns) * 16
+        row = 2 * self.height + 1 + 2
+        byte = 3 + (2 * self.width + 1) * 3 + 10
+        window = 4 * pixels * 16 + 128 + row * self.pitch_bytes + byte
+        results = 8 * (self.columns + 1) * 16
+        own = self._own_bytes + self.padding_bytes
+        return self.shared_bytes - own + max(product, window, results)
+
+    @property
     def padding_bytes(self) -> int:
         """What a group's memory lacks to a multiple of 128 bytes."""
         return -self._own_bytes % 128
@@ -250,7 +275,8 @@ class StemTile:
         return 4 * 32 * 16 + 9 * 4 * 64 * 16 + self.groups * own
 
 
-#: What is worth trying; the widths divide the maps of inputs of 416 and 608 pixels.
+#: What is worth trying; the widths divide the maps of 416 and 608 pixels. Each was seen to run: a
+#: tile that reads beyond a block's memory would end the process's use of the GPU.
 STEM_VARIANTS = (
     StemTile(8, 26, 3),
     StemTile(16, 13, 3),
@@ -274,6 +300,8 @@ class Stem:
 
     Raises
     ------
+    ValueError
+        For weights of other shapes, or a tile that would read beyond its shared memory.
     RuntimeError
         When the tile does not fit the device.
 
@@ -292,6 +320,11 @@ class Stem:
             raise ValueError(
                 f"got weights {tuple(first[0].shape)} and {tuple(second[0].shape)}; expected "
                 "(32, 3, 3, 3) and (64, 32, 3, 3)"
+            )
+        if tile.reach_bytes > tile.shared_bytes:
+            raise ValueError(
+                f"{tile} reads {tile.reach_bytes} bytes of shared memory, of which it has "
+                f"{tile.shared_bytes}"
             )
         self._tile = tile
         self._constants = (

@@ -32,10 +32,13 @@ from daskshare.models.network import Candidates, YoloNetwork
 from daskshare.models.plan import Convolutional
 from daskshare.models.tuning import TuningFile
 
-__all__ = ["CudaOperations", "FusedUnavailableError", "build_fused"]
+__all__ = ["MAX_PLANS", "CudaOperations", "FusedUnavailableError", "build_fused"]
 
 logger = logging.getLogger(__name__)
 
+#: Of the up to eighty plans that cuDNN offers for a convolution, in the order that it recommends,
+#: so many are tried: building one takes a fifth of a second.
+MAX_PLANS = 12
 _RUNS = 7
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Far above rounding and far below what a wrong kernel gives.
@@ -79,12 +82,20 @@ class CudaOperations(TorchOperations):
         Of that device.
     choices : dict
         What was measured before; new measurements are added.
+    max_plans : int
+        Plans to try for a convolution.
     """
 
     def __init__(
-        self, network: YoloNetwork, cudnn: CudnnConvolutions, choices: dict[str, Any]
+        self,
+        network: YoloNetwork,
+        cudnn: CudnnConvolutions,
+        choices: dict[str, Any],
+        *,
+        max_plans: int = MAX_PLANS,
     ) -> None:
         super().__init__(network)
+        self._max_plans = max_plans
         self.report = _Report()
         self.cudnn = cudnn
         self._choices = choices
@@ -171,7 +182,7 @@ class CudaOperations(TorchOperations):
             except Exception as error:
                 logger.warning("A kept plan does not load (%s); measuring anew", error)
         if plan is None:
-            plan, content, tried = self.cudnn.measure(case, tensors)
+            plan, content, tried = self.cudnn.measure(case, tensors, max_plans=self._max_plans)
             self.report.measured += 1
             self.report.tried[case.key] = tried
             self._choices[case.key] = {
@@ -316,6 +327,7 @@ def build_fused(
     stem: bool = True,
     units: Collection[int] = tuple(RESIDUAL_UNIT_VARIANTS),
     strided: bool = True,
+    max_plans: int | None = None,
 ) -> tuple[Callable[[torch.Tensor], Candidates], CudaOperations, FusedNetwork]:
     """Fuse a network for batches of one size.
 
@@ -329,6 +341,8 @@ def build_fused(
         Where measured choices are kept.
     stem, units, strided : bool
         What to make use of; see :func:`daskshare.models.fusion.fuse`.
+    max_plans : int, optional
+        Plans of cuDNN's to try for a convolution; :data:`MAX_PLANS` by default.
 
     Returns
     -------
@@ -379,7 +393,7 @@ def build_fused(
                 plan = fuse(network.plan, stem=stem, units=units, strided=strided)
             except ValueError as error:
                 raise FusedUnavailableError(str(error)) from error
-            operations = CudaOperations(network, cudnn, choices)
+            operations = CudaOperations(network, cudnn, choices, max_plans=max_plans or MAX_PLANS)
             attempts.append(operations)
             return operations, FusedNetwork(network, plan, batch_size, operations)
 

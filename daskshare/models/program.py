@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from daskshare.config import ModelsOptions
 from daskshare.errors import InvalidInputError
 from daskshare.kernels.postprocess import greedy_nms, greedy_nms_cuda
 from daskshare.kernels.preprocess import (
@@ -263,6 +264,10 @@ class YoloV3Program:
         return forward
 
     def _fast_candidates(self, batch_size: int) -> tuple[Callable[[torch.Tensor], Candidates], str]:
+        wanted = ModelsOptions.from_config().fused_kernels
+        if wanted is False:
+            reason = "switched off by daskshare.models.fused-kernels"
+            return compile_network(self._network), f"torch.compile; no fused kernels: {reason}"
         # Imported here: its kernels need packages that machines without a GPU lack.
         from daskshare.models.fused_cuda import FusedUnavailableError, build_fused
 
@@ -271,6 +276,8 @@ class YoloV3Program:
                 self._network, batch_size, folder=cache_directory() / "tuning"
             )
         except FusedUnavailableError as error:
+            if wanted is True:
+                raise
             logger.info("Compiling with torch, as the fused kernels are unavailable: %s", error)
             return compile_network(self._network), f"torch.compile; no fused kernels: {error}"
         return candidates, operations.description

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from daskshare.kernels.hopper import is_hopper, prelude
+from daskshare.kernels.hopper import SHARED_BYTES, is_hopper, prelude
 from daskshare.kernels.residual_unit import (
     RESIDUAL_UNIT_VARIANTS,
     ResidualUnit,
@@ -13,7 +13,7 @@ from daskshare.kernels.residual_unit import (
     in_register_order,
     pack_planes,
 )
-from daskshare.kernels.stem import STEM_VARIANTS, Stem, pack_bytes
+from daskshare.kernels.stem import STEM_VARIANTS, Stem, StemTile, pack_bytes
 
 #: Of a block on compute capability 9.0.
 MAX_SHARED_BYTES = 227 * 1024
@@ -77,11 +77,15 @@ def test_variants_fit_a_multiprocessor(variant):
         used = tile.shared_bytes(channels)
     else:
         tile, used = variant, variant.shared_bytes
+        assert tile.columns % 16 == 0
+        assert tile.columns <= 256
     assert 0 < used <= MAX_SHARED_BYTES
     assert 1 <= tile.groups <= 4
-    assert tile.columns % 16 == 0
+    reached = tile.reach_bytes(channels) if isinstance(tile, UnitTile) else tile.reach_bytes
+    assert reached <= used
     if isinstance(tile, UnitTile):
         assert tile.pixels >= (tile.height + 2) * (tile.width + 2)
+        assert tile.resident(channels) * (used + 1024) <= SHARED_BYTES
 
 
 def test_products_are_declared_once_each():
@@ -98,6 +102,33 @@ def test_wrong_shapes_are_refused():
         ResidualUnit((zeros(16, 32, 1, 1), zeros(16)), (zeros(32, 16, 3, 3), zeros(32)), None)
     with pytest.raises(ValueError, match=r"expected \(32, 3, 3, 3\)"):
         Stem((zeros(16, 3, 3, 3), zeros(16)), (zeros(64, 16, 3, 3), zeros(64)), None)
+
+
+def test_tiles_that_read_beyond_their_memory_are_refused(monkeypatch):
+    zeros = torch.zeros
+    unit = (zeros(32, 64, 1, 1), zeros(32)), (zeros(64, 32, 3, 3), zeros(64))
+    monkeypatch.setattr(UnitTile, "reach_bytes", lambda self, channels: 10**6)
+    with pytest.raises(ValueError, match="reads 1000000 bytes of shared memory"):
+        ResidualUnit(*unit, UnitTile(8, 26, 2))
+    stem = (zeros(32, 3, 3, 3), zeros(32)), (zeros(64, 32, 3, 3), zeros(64))
+    monkeypatch.setattr(StemTile, "reach_bytes", 10**6)
+    with pytest.raises(ValueError, match="reads 1000000 bytes of shared memory"):
+        Stem(*stem, StemTile(8, 26, 2))
+
+
+def test_reach_is_that_of_the_furthest_row():
+    # One plane's end is the start of the next; of the last of four, 16 x 28 pixels in blocks of 64
+    # and two rows and two pixels of margin are read.
+    tile = UnitTile(16, 26, 4)
+    assert tile.pixels == 512
+    assert tile.reach_bytes(64) == 3 * 512 * 16 + (448 + 2 * 28 + 2) * 16
+    # Three planes of 2 x 243 + 2 x 216 pixels; the furthest tap begins in the last part, and 216
+    # columns are rounded up to 224.
+    stem = StemTile(8, 26, 1)
+    product = (3 * 918 + 2 * 243 + 216 + 224) * 16
+    window = 4 * 918 * 16 + 128 + 19 * 172 + 3 + 53 * 3 + 10
+    kernels = 4 * 32 * 16 + 9 * 4 * 64 * 16
+    assert stem.reach_bytes == kernels + max(product, window) <= stem.shared_bytes
 
 
 def test_the_cpu_is_no_hopper():
