@@ -2,7 +2,8 @@
 
 Threads hand over a few host frames at a time. Beside it, measured in the same run: the network by
 ``torch.compile`` in a hand-written loop, and the roofline: for every convolution the larger of its
-operations at the rate of a large matrix product and its bytes at the rate of a large copy.
+operations at the rate of a large matrix product and its bytes at the rate of a large copy. A first
+run takes a minute more, as it measures which kernels to take; ``ready_seconds`` says so.
 """
 
 from __future__ import annotations
@@ -120,43 +121,46 @@ def engine_main(settings: dict[str, Any], size: int, replies: Any) -> None:
 # --- baselines ------------------------------------------------------------------------------------
 
 
-def loop_main(settings: dict[str, Any], size: int, replies: Any) -> None:
-    """``torch.compile`` and eager, a hand-written loop with copies in and out beside the work."""
+def loop_main(settings: dict[str, Any], size: int, name: str, replies: Any) -> None:
+    """One process that hands batches over by itself, with copies in and out beside the work."""
+    import dask
     import torch
 
     from daskshare.device import current_device
-    from daskshare.models.network import compile_network
 
     device = current_device()
-    program = sharing.make_spec({**settings, "input_size": size}, settings["precision"]).load(
-        device
-    )
+    spec = sharing.make_spec({**settings, "input_size": size}, settings["precision"])
+    program = spec.load(device)
     batch = settings["batch"] or program.max_batch_size
     source = torch.from_numpy(workload.host_frames(batch, size))
-    result: dict[str, Any] = {}
+    forward = program.forward
+    if name == "compile":
+        with dask.config.set({"daskshare.models.fused-kernels": False}):
+            forward = program.compile(batch)
     with torch.inference_mode():
-        if not settings["gpu"]:
-            result["eager"] = cpu_loop(program.forward, source, settings)
+        if settings["gpu"]:
+            target = device.torch_device()
+            rates = sharing.cuda_loop(
+                torch, forward, source.pin_memory(), target, settings["seconds"]
+            )
         else:
-            network, target = program._network, device.torch_device()
-            compiled = compile_network(network)
+            rates = [cpu_loop(forward, source, settings) for _ in range(settings["repeats"])]
+    replies.put(statistics.median(rates))
 
-            def forward(frames: Any) -> Any:
-                return program._suppress(*compiled(frames))
 
-            pinned = source.pin_memory()
-            for name, run in (("torch.compile", forward), ("eager", program.forward)):
-                rates = sharing.cuda_loop(torch, run, pinned, target, settings["seconds"])
-                result[name] = statistics.median(rates)
-            del compiled
-            torch.cuda.empty_cache()
-            copy, product = ceilings(torch)
-            limit = roofline_seconds(network.plan, copy, product)
-            result["roofline"] = 1 / limit
-            result["copy_terabytes_per_second"] = copy / 1e12
-            result["product_teraflops"] = product / 1e12
-            result["device"] = torch.cuda.get_device_name(target)
-    replies.put(result)
+def roofline_main(settings: dict[str, Any], size: int, replies: Any) -> None:
+    import torch
+
+    spec = sharing.make_spec({**settings, "input_size": size}, settings["precision"])
+    copy, product = ceilings(torch)
+    replies.put(
+        {
+            "frames_per_second": 1 / roofline_seconds(spec.plan(), copy, product),
+            "copy_terabytes_per_second": copy / 1e12,
+            "product_teraflops": product / 1e12,
+            "device": torch.cuda.get_device_name(),
+        }
+    )
 
 
 def cpu_loop(forward: Any, source: Any, settings: dict[str, Any]) -> float:
@@ -181,46 +185,49 @@ def in_process(main: Any, *arguments: Any) -> Any:
 
 
 def measure(report: Report, settings: dict[str, Any], size: int) -> None:
-    idle = sharing.memory_bytes(settings, [])
-    ours = in_process(engine_main, settings, size)
-    # Again, now that choices lie on disk: the first process may have measured them.
-    if settings["gpu"]:
-        again = in_process(engine_main, {**settings, "repeats": 0, "seconds": 0.5}, size)
-        ours["ready_again_seconds"] = again["ready_seconds"]
-    others = in_process(loop_main, settings, size)
-    rate = statistics.median(ours.pop("rates"))
-    memory = (ours.pop("memory") - idle) / 2**30
-    limit = others.pop("roofline", None)
-    rates = {"daskshare engine": rate}
-    rates |= {
-        f"{name}, hand-written loop": others.pop(name)
-        for name in ("torch.compile", "eager")
-        if name in others
-    }
-    if limit is not None:
-        rates["roofline, layer by layer"] = limit
-    details = {
-        "daskshare engine": {"memory_gib": memory, **ours},
-        "roofline, layer by layer": others,
-    }
-    for way, value in rates.items():
-        row = {"frames_per_second": value}
+    """One row a way, printed as it is measured."""
+    rates: dict[str, float] = {}
+    limit: float | None = None
+
+    def add(way: str, rate: float, **details: Any) -> None:
+        rates[way] = rate
+        row: dict[str, Any] = {"frames_per_second": rate, **details}
         if limit is not None:
-            row["of_roofline"] = value / limit
-        row |= details.get(way, {})
+            row["of_roofline"] = rate / limit
         rounded = {k: v if isinstance(v, str) else round(float(v), 3) for k, v in row.items()}
         report.add_row(input_size=size, way=way, **rounded)
-    for entry in report.rows[-4:]:
-        print(entry, file=sys.stderr)
-    if not settings["gpu"]:
-        loop = rates["eager, hand-written loop"]
-        report.add_bar(f"engine at {size} over a loop", rate / loop, "x", bound=0.9)
+        print({"input_size": size, "way": way, **rounded}, file=sys.stderr, flush=True)
+
+    memory = float("nan")
+    if settings["gpu"] and "roofline" in settings["only"]:
+        found = in_process(roofline_main, settings, size)
+        limit = found.pop("frames_per_second")
+        add("roofline, layer by layer", limit, **found)
+    if "engine" in settings["only"]:
+        idle = sharing.memory_bytes(settings, [])
+        ours = in_process(engine_main, settings, size)
+        memory = (ours.pop("memory") - idle) / 2**30
+        add("daskshare engine", statistics.median(ours.pop("rates")), memory_gib=memory, **ours)
+    for name in ("compile", "eager"):
+        if name in settings["only"]:
+            add(f"{name}, hand-written loop", in_process(loop_main, settings, size, name))
+    set_bars(report, settings, size, rates, memory)
+
+
+def set_bars(
+    report: Report, settings: dict[str, Any], size: int, rates: dict[str, float], memory: float
+) -> None:
+    if "engine" not in settings["only"]:
         return
-    if size in BOUNDS:
-        report.add_bar(f"engine at {size}", rate, "frames/s", bound=BOUNDS[size])
-    compiled = rates["torch.compile, hand-written loop"]
-    report.add_bar(f"engine at {size} over torch.compile", rate / compiled, "x", bound=1.2)
-    report.add_bar(f"GPU memory at {size}", memory, "GiB", bound=MEMORY_GIB, comparison="<=")
+    rate = rates["daskshare engine"]
+    for name, bound in (("compile", 1.2), ("eager", 0.9)):
+        other = rates.get(f"{name}, hand-written loop")
+        if other is not None:
+            report.add_bar(f"engine at {size} over {name}", rate / other, "x", bound=bound)
+    if settings["gpu"]:
+        if size in BOUNDS:
+            report.add_bar(f"engine at {size}", rate, "frames/s", bound=BOUNDS[size])
+        report.add_bar(f"GPU memory at {size}", memory, "GiB", bound=MEMORY_GIB, comparison="<=")
 
 
 def main() -> int:
@@ -233,6 +240,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="largest batch")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts")
+    parser.add_argument(
+        "--only", help="comma list of: roofline,engine,compile,eager (default: what the device has)"
+    )
     arguments = parser.parse_args()
     settings = make_settings(arguments)
     report = Report("engine", settings=settings)
@@ -260,6 +270,9 @@ def make_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": arguments.seconds,
         "repeats": arguments.repeats,
         "compile_seconds": 600,
+        "only": (arguments.only or ("roofline,engine,compile" if gpu else "engine,eager")).split(
+            ","
+        ),
     }
 
 
