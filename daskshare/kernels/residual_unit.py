@@ -13,12 +13,12 @@ import torch
 
 from daskshare.kernels.hopper import SHARED_BYTES, HopperKernel
 
-__all__ = ["RESIDUAL_UNIT_VARIANTS", "ResidualUnit", "UnitTile"]
+__all__ = ["RESIDUAL_UNIT_VARIANTS", "SOURCE", "ResidualUnit", "UnitTile"]
 
 # Rows of a matrix instruction.
 _ROWS = 64
 
-_SOURCE = r"""
+SOURCE = r"""
 #define MID (C / 2)
 #define PLANES_1 (C / 8)
 #define PLANES_2 (MID / 8)
@@ -267,7 +267,7 @@ class ResidualUnit:
             second[1].contiguous(),
         )
         self._kernel = HopperKernel(
-            _SOURCE,
+            SOURCE,
             "residual_unit",
             constants={
                 "BF16": int(first[0].dtype == torch.bfloat16),

@@ -14,9 +14,9 @@ import torch
 from daskshare.kernels.hopper import HopperKernel
 from daskshare.kernels.residual_unit import pack_planes
 
-__all__ = ["STEM_VARIANTS", "Stem", "StemTile"]
+__all__ = ["SOURCE", "STEM_VARIANTS", "Stem", "StemTile"]
 
-_SOURCE = r"""
+SOURCE = r"""
 #define PW (TW + 1)
 #define EVEN ((TH + 1) * PW)                 // pixels of the parts with even rows
 #define ODD (TH * PW)
@@ -333,7 +333,7 @@ class Stem:
             second[1].contiguous(),
         )
         self._kernel = HopperKernel(
-            _SOURCE,
+            SOURCE,
             "stem",
             constants={
                 "BF16": int(first[0].dtype == torch.bfloat16),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from daskshare.models.fusion import (
+from daskshare.models.network import Candidates, YoloNetwork
+from daskshare.models.steps import (
     Convolve,
     Copy,
     Enlarge,
@@ -25,7 +26,6 @@ from daskshare.models.fusion import (
     Unit,
     View,
 )
-from daskshare.models.network import Candidates, YoloNetwork
 
 __all__ = ["FusedNetwork", "TorchOperations"]
 

@@ -7,13 +7,9 @@ disk.
 from __future__ import annotations
 
 import base64
-import json
 import logging
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,17 +18,15 @@ from torch.nn import functional
 from daskshare.kernels.cudnn_convolution import ConvolutionCase, CudnnConvolutions, Plan
 from daskshare.kernels.decode import HeadDecoder, HeadShape
 from daskshare.kernels.enlarge import enlarge, enlarge_kernel
-from daskshare.kernels.hopper import is_hopper
 from daskshare.kernels.residual_unit import RESIDUAL_UNIT_VARIANTS, ResidualUnit, UnitTile
 from daskshare.kernels.stem import STEM_VARIANTS, StemTile
 from daskshare.kernels.stem import Stem as StemKernel
-from daskshare.models.fused import Call, FusedNetwork, TorchOperations
-from daskshare.models.fusion import Convolve, Enlarge, Stem, Unit, fuse
+from daskshare.models.fused import Call, TorchOperations
 from daskshare.models.network import Candidates, YoloNetwork
 from daskshare.models.plan import Convolutional
-from daskshare.models.tuning import TuningFile
+from daskshare.models.steps import Convolve, Enlarge, Stem, Unit
 
-__all__ = ["MAX_PLANS", "CudaOperations", "FusedUnavailableError", "build_fused"]
+__all__ = ["DTYPES", "MAX_PLANS", "CudaOperations", "NoVariantError"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +34,14 @@ logger = logging.getLogger(__name__)
 #: so many are tried: building one takes a fifth of a second.
 MAX_PLANS = 12
 _RUNS = 7
-_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+#: Half precisions by torch's type, as measured choices name them.
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Far above rounding and far below what a wrong kernel gives.
 _MAX_ERROR = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _Tile = TypeVar("_Tile", StemTile, UnitTile)
 
 
-class FusedUnavailableError(Exception):
-    """Why a network cannot run fused here; it is compiled instead."""
-
-
-class _NoVariantError(Exception):
+class NoVariantError(Exception):
     """A kernel of our own that does not work on this GPU."""
 
 
@@ -101,7 +92,6 @@ class CudaOperations(TorchOperations):
         self._choices = choices
         self._workspace_bytes = 1
         self._workspace: torch.Tensor | None = None
-        self._frames: torch.Tensor | None = None
         self._plans: dict[str, Plan] = {}
 
     @property
@@ -148,7 +138,7 @@ class CudaOperations(TorchOperations):
             out_pitch=target.stride(3),
             residual_pitch=0 if residual is None else residual.stride(3),
             activation=layer.activation,
-            dtype=_DTYPES[self.network.dtype],
+            dtype=DTYPES[self.network.dtype],
         )
         tensors = self.cudnn.addresses(source, block.weight, block.bias, target, residual)
         try:
@@ -310,135 +300,13 @@ class CudaOperations(TorchOperations):
         if problems:
             logger.warning("Variants of %s that do not work here: %s", name, "; ".join(problems))
         if not times:
-            raise _NoVariantError(f"no variant of {name} runs here: {problems[:2]}")
+            raise NoVariantError(f"no variant of {name} runs here: {problems[:2]}")
         self.report.measured += 1
         self.report.tried[name] = [(row[1], row[0]) for row in sorted(times)]
         microseconds, chosen = min(times)
         self.report.microseconds[layers] = microseconds
         self._choices[name] = {"tile": chosen, "microseconds": microseconds}
         return by_name[chosen]
-
-
-def build_fused(
-    network: YoloNetwork,
-    batch_size: int,
-    *,
-    folder: Path,
-    stem: bool = True,
-    units: Collection[int] = tuple(RESIDUAL_UNIT_VARIANTS),
-    strided: bool = True,
-    max_plans: int | None = None,
-) -> tuple[Callable[[torch.Tensor], Candidates], CudaOperations, FusedNetwork]:
-    """Fuse a network for batches of one size.
-
-    Parameters
-    ----------
-    network : YoloNetwork
-        On a CUDA device.
-    batch_size : int
-        Frames of every batch.
-    folder : Path
-        Where measured choices are kept.
-    stem, units, strided : bool
-        What to make use of; see :func:`daskshare.models.fusion.fuse`.
-    max_plans : int, optional
-        Plans of cuDNN's to try for a convolution; :data:`MAX_PLANS` by default.
-
-    Returns
-    -------
-    tuple
-        From uint8 frames (batch_size, height, width, 3) to candidates; the operations, whose
-        ``report`` says what runs; the executor.
-
-    Raises
-    ------
-    FusedUnavailableError
-        When the device, the precision or an installed package does not allow it.
-
-    Notes
-    -----
-    Runs for seconds, or up to minutes where nothing was measured before. What it returns can be
-    captured in a CUDA graph and serves one thread at a time.
-    """
-    device = network.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        raise FusedUnavailableError("needs a GPU of compute capability 9.0 or newer")
-    if network.dtype not in _DTYPES:
-        raise FusedUnavailableError(f"needs float16 or bfloat16, got {network.dtype}")
-    if len(network.plan.heads) > 4:
-        raise FusedUnavailableError(f"needs at most four heads, got {len(network.plan.heads)}")
-    try:
-        cudnn = CudnnConvolutions(device)
-    except ImportError as error:
-        raise FusedUnavailableError(
-            f"needs nvidia-cudnn-frontend ({error}): pip install 'daskshare[gpu]'"
-        ) from error
-    own = is_hopper(device)
-    started = time.monotonic()
-    tuning = TuningFile(
-        folder,
-        gpu=torch.cuda.get_device_name(device),
-        cudnn=cudnn.versions[0],
-        frontend=cudnn.versions[1],
-        torch=str(torch.__version__),
-        dtype=_DTYPES[network.dtype],
-    )
-    with tuning.locked():
-        choices = tuning.read()
-        known = json.dumps(choices, sort_keys=True)
-        attempts: list[CudaOperations] = []
-
-        def attempt(stem: bool, units: Collection[int]) -> tuple[CudaOperations, FusedNetwork]:
-            try:
-                plan = fuse(network.plan, stem=stem, units=units, strided=strided)
-            except ValueError as error:
-                raise FusedUnavailableError(str(error)) from error
-            operations = CudaOperations(network, cudnn, choices, max_plans=max_plans or MAX_PLANS)
-            attempts.append(operations)
-            return operations, FusedNetwork(network, plan, batch_size, operations)
-
-        try:
-            with_stem = partial(attempt, stem and own)
-            kept = _worthwhile(network, batch_size, units if own else (), choices, with_stem)
-            operations, fused = with_stem(kept)
-        except _NoVariantError as error:
-            logger.warning("Using cuDNN alone: %s", error)
-            operations, fused = attempt(False, ())
-        operations.finish()
-        if json.dumps(choices, sort_keys=True) != known:
-            tuning.write(choices)
-            # What was only tried.
-            torch.cuda.empty_cache()
-    operations.report.measured = sum(tried.report.measured for tried in attempts)
-    operations.report.seconds = time.monotonic() - started
-
-    def forward(batch: torch.Tensor) -> Candidates:
-        cudnn.bind()
-        return fused(batch)
-
-    return forward, operations, fused
-
-
-def _worthwhile(
-    network: YoloNetwork,
-    batch_size: int,
-    units: Collection[int],
-    choices: dict[str, Any],
-    attempt: Callable[[Collection[int]], tuple[CudaOperations, FusedNetwork]],
-) -> tuple[int, ...]:
-    """Those of ``units`` whose kernel is faster than two convolutions of cuDNN's."""
-    if not units:
-        return ()
-    plan = network.plan
-    name = f"units-{batch_size}-{plan.height}-{plan.width}-{plan.num_parameters}-{sorted(units)}"
-    if name not in choices:
-        everything = attempt(units)[0].report.total
-        choices[name] = [
-            count
-            for count in sorted(units)
-            if attempt(set(units) - {count})[0].report.total > everything
-        ]
-    return tuple(choices[name])
 
 
 def _convolved(

@@ -269,7 +269,7 @@ class YoloV3Program:
             reason = "switched off by daskshare.models.fused-kernels"
             return compile_network(self._network), f"torch.compile; no fused kernels: {reason}"
         # Imported here: its kernels need packages that machines without a GPU lack.
-        from daskshare.models.fused_cuda import FusedUnavailableError, build_fused
+        from daskshare.models.fused_build import FusedUnavailableError, build_fused
 
         try:
             candidates, operations, _ = build_fused(
@@ -278,9 +278,17 @@ class YoloV3Program:
         except FusedUnavailableError as error:
             if wanted is True:
                 raise
+            reason = str(error)
             logger.info("Compiling with torch, as the fused kernels are unavailable: %s", error)
-            return compile_network(self._network), f"torch.compile; no fused kernels: {error}"
-        return candidates, operations.description
+        except Exception as error:
+            # cuDNN's package has kinds of its own, and whatever they say, there is another way.
+            if wanted is True:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("Compiling with torch, as the fused kernels failed", exc_info=error)
+        else:
+            return candidates, operations.description
+        return compile_network(self._network), f"torch.compile; no fused kernels: {reason}"
 
     def finish(self, outputs: Any, context: Sequence[Letterbox]) -> list[Detections]:
         """Detections of each frame in pixels of its source.

@@ -9,8 +9,9 @@ import torch
 
 from daskshare.models.darknet import parse_cfg
 from daskshare.models.fused import FusedNetwork, TorchOperations
-from daskshare.models.fusion import fuse, views_of
+from daskshare.models.fusion import fuse
 from daskshare.models.network import YoloNetwork
+from daskshare.models.steps import views_of
 from daskshare.models.weights import LayerWeights, read_darknet
 from tests.networks import random_floats, small_plan, write_darknet
 

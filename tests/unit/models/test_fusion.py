@@ -8,7 +8,9 @@ import itertools
 import pytest
 
 from daskshare.models.darknet import parse_cfg
-from daskshare.models.fusion import (
+from daskshare.models.fusion import fuse
+from daskshare.models.plan import NetworkPlan
+from daskshare.models.steps import (
     Convolve,
     Copy,
     Enlarge,
@@ -19,10 +21,8 @@ from daskshare.models.fusion import (
     Sum,
     Unit,
     View,
-    fuse,
     views_of,
 )
-from daskshare.models.plan import NetworkPlan
 from tests.networks import small_plan
 
 
