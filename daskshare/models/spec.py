@@ -140,7 +140,8 @@ class Program(Protocol):
     def compile(self, batch_size: int) -> Any:
         """Return a faster callable equal to ``forward`` for batches of ``batch_size``, or ``None``.
 
-        Runs in a background thread while ``forward`` goes on serving; may take a minute.
+        Runs in a background thread while ``forward`` goes on serving; may take a minute. Its
+        attribute ``description``, where it has one, is shown in the engine's statistics.
         """
         ...
 
