@@ -17,6 +17,7 @@ from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import NotOnWorkerError
+from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _build_share(task_threads: int) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
+    check_option_names()
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
