@@ -102,7 +102,9 @@ class ModelShare:
                     self._changed.wait()
                 if load.error is not None:
                     raise _copy(load.error)
-        return self._load(entry)
+        # Waiting for room counts too: the task is there, the device has nothing to do.
+        with self.activity.during("loading"):
+            return self._load(entry)
 
     def load(self, spec: ModelSpec) -> None:
         """Load a model ahead of its first use; raises as :meth:`lease` does."""
@@ -256,7 +258,7 @@ class ModelShare:
         program: Program | None = None
         try:
             self._reserve(entry, entry.spec.estimated_bytes())
-            with self._load_gate, self.activity.during("loading"):
+            with self._load_gate:
                 program = self._load_program(entry.spec)
             self._reserve(entry, program.model_bytes)
             engine = self._start_engine(entry.spec, program)

@@ -474,7 +474,7 @@ def test_a_lease_a_load_and_a_batch_are_told_to_the_device(make):
     spec = FakeSpec(gate=threading.Event())
     spec.gate.set()
     with share.lease(spec) as lease:
-        assert log == ["+loading", "-loading", "+input"]
+        assert log == ["+loading", "+input", "-loading"]
         lease.infer([1])
         assert log[3] == "+busy"
     share.unload(spec.key)
