@@ -37,7 +37,7 @@ def keep_calling(model, stop_name):
 @pytest.fixture(scope="module")
 def loaded_url(importable_by_subprocesses):
     """Address of a dashboard whose cluster works on two models."""
-    with start(n_workers=2) as cluster, Client(cluster, set_as_default=False) as client:
+    with start() as cluster, Client(cluster, set_as_default=False) as client:
         daskshare.install(client)
         stop = Event("stop", client=client)
         futures = client.map(keep_calling, [CAR, CAR, PLATE], stop_name="stop", pure=False)
