@@ -238,7 +238,9 @@ def test_behind_a_proxys_prefix():
 
 def test_the_last_scheduler_of_a_process_leaves_no_metrics():
     async def run():
-        async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        async with Scheduler(
+            host="127.0.0.1", port=0, dashboard=False, dashboard_address="127.0.0.1:0"
+        ) as scheduler:
             await install_on_scheduler(scheduler)
             plugin = scheduler.plugins["daskshare"]
             assert id(plugin) in SCHEDULER_METRICS._sources
