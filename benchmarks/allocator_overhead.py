@@ -83,7 +83,7 @@ def main() -> int:
         daskshare.install(clients["daskshare"])
         daskshare.load(clients["daskshare"], model, replicas=arguments.workers)
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in clients}
-        for name, client in clients.items():
+        for client in clients.values():
             measure(client, model, WARM_UP_TASKS)
         for _ in range(arguments.rounds):
             for name, client in clients.items():

@@ -22,7 +22,7 @@ class WorkerFacts:
     reason : str
         Of a failure.
     process : str
-        Host and process; workers of one process share one copy of each model.
+        The same for workers of one process, which share one copy of each model.
     device_uuid : str
         Its device, the same for all processes that use it.
     is_gpu : bool
@@ -51,7 +51,7 @@ class WorkerFacts:
         return cls(
             state=report["state"],
             reason=report.get("reason", ""),
-            process=report.get("process", ""),
+            process=report.get("share", ""),
             device_uuid=device.get("uuid", ""),
             is_gpu=device.get("kind") == "cuda",
             budget_bytes=report.get("budget_bytes", 0),

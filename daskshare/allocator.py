@@ -234,6 +234,11 @@ class Allocator:
         """Whether a task is one of those that need a model."""
         return key in self._held
 
+    def waiting_tasks(self) -> dict[str, int]:
+        """How many tasks of each model, by key, wait for a place."""
+        models = self.pool.snapshot()["models"]
+        return {key: model["waiting"] for key, model in models.items() if model["waiting"]}
+
     def busy_workers(self) -> set[str]:
         """Addresses of workers that run tasks with models or load one."""
         return self.pool.busy_workers()

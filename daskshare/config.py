@@ -12,7 +12,14 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["AllocatorOptions", "EngineOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
+__all__ = [
+    "AllocatorOptions",
+    "EngineOptions",
+    "ModelsOptions",
+    "ShareOptions",
+    "VideoOptions",
+    "WorkerOptions",
+]
 
 
 def _load_defaults() -> None:
@@ -273,3 +280,28 @@ class AllocatorOptions:
             start_timeout_seconds=_seconds("allocator.start-timeout"),
             load_timeout_seconds=_seconds("allocator.load-timeout"),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsOptions:
+    """How models are made fast.
+
+    Parameters
+    ----------
+    fused_kernels : {"auto", True, False}
+        What compiling means on a GPU: ``"auto"`` takes fused kernels where they can run and
+        ``torch.compile`` elsewhere; ``True`` takes nothing else; ``False`` takes ``torch.compile``.
+    """
+
+    fused_kernels: str | bool = "auto"
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.models`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        return cls(fused_kernels=_choice("models.fused-kernels", ("auto", True, False)))

@@ -12,6 +12,9 @@ from distributed.protocol.pickle import dumps
 from daskshare._allocator_requests import Requests
 from daskshare.allocator import Allocator
 from daskshare.config import AllocatorOptions
+from daskshare.dashboard.feed import Feed
+from daskshare.dashboard.install import install_dashboard
+from daskshare.dashboard.metrics import SCHEDULER_METRICS
 from daskshare.errors import ConfigurationError, DaskshareError
 from daskshare.worker_plugin import PLUGIN_NAME, DaskshareWorkerPlugin
 
@@ -59,11 +62,18 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
             self.transition = self.allocator.transition  # type: ignore[method-assign]
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
+        self.feed = Feed(scheduler, self._waiting_tasks)
+        install_dashboard(scheduler, self.feed)
+        SCHEDULER_METRICS.add(self, self.feed.snapshot)
 
     async def close(self) -> None:
-        """Stop the allocator with the scheduler."""
+        """Leave what the process keeps, and stop the allocator; called when the scheduler ends."""
+        SCHEDULER_METRICS.remove(self)
         if self.allocator is not None:
             self.allocator.close()
+
+    def _waiting_tasks(self) -> dict[str, int]:
+        return {} if self.allocator is None else self.allocator.waiting_tasks()
 
     async def install_workers(self) -> None:
         """Put the worker plugin on all present and future workers, once.

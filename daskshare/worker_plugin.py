@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import socket
 import threading
+import time
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from distributed import Status, Worker, WorkerPlugin, get_worker
 from distributed.protocol.pickle import dumps, loads
 
+from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
+from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import (
     DaskshareError,
     EngineClosedError,
     ModelLoadError,
     NotOnWorkerError,
 )
+from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
@@ -57,11 +60,15 @@ class _ProcessShare:
         self._lock = threading.Lock()
         self._owners: set[object] = set()
         self._build: Future[ModelShare] | None = None
+        self._rates = RecentRates()
+        #: By this, workers of one process are known to share one copy.
+        self.id = ""
 
     def acquire(self, owner: object, *, task_threads: int) -> Future[ModelShare]:
         with self._lock:
             self._owners.add(owner)
             if self._build is None:
+                self.id = uuid.uuid4().hex
                 self._build = _in_thread("daskshare-build", _build_share, task_threads)
             return self._build
 
@@ -78,6 +85,10 @@ class _ProcessShare:
         with self._lock:
             return self._build
 
+    def recent(self, report: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            return self._rates.recent(time.monotonic(), report)
+
 
 _process_share = _ProcessShare()
 
@@ -93,6 +104,7 @@ def _build_share(task_threads: int) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
+    check_option_names()
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
@@ -182,15 +194,17 @@ def worker_report() -> dict[str, Any]:
     dict
         ``state`` ("absent", "starting", "ready", "failed"), ``reason`` of a failure, ``chunks``
         (see :func:`daskshare.streaming.stream_counts`), ``models`` and totals over them
-        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), and what else
-        ``ModelShare.report`` gives. ``process`` names the process, whose workers share one copy.
+        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), what else
+        ``ModelShare.report`` gives, ``recent`` and ``batch_bins`` (see
+        :mod:`daskshare._worker_report`), and ``share``, which is the same for workers that share
+        one copy of each model.
 
     Notes
     -----
     May wait for the share's locks: not for an event loop.
     """
-    process = f"{socket.gethostname()}:{os.getpid()}"
-    report: dict[str, Any] = {"state": "starting", "reason": "", "process": process, "models": {}}
+    report: dict[str, Any] = {"state": "starting", "reason": "", "models": {}}
+    report["share"] = _process_share.id
     build = _process_share.current()
     if build is None:
         report["state"] = "absent"
@@ -198,6 +212,10 @@ def worker_report() -> dict[str, Any]:
         error = build.exception()
         if error is None:
             report |= {"state": "ready", **build.result().report()}
+            report["batch_bins"] = batch_bins(
+                model["batch_size_counts"] for model in report["models"].values()
+            )
+            report["recent"] = _process_share.recent(report)
         else:
             report |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
     models = list(report["models"].values())
@@ -237,12 +255,14 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         worker.metrics[PLUGIN_NAME] = self.heartbeat_report
         worker.handlers["daskshare_load"] = self.load_model
         worker.handlers["daskshare_unload"] = self.unload_model
+        WORKER_METRICS.add(self._owner, lambda: self._latest)
         build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
         build.add_done_callback(self._on_built)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
+        WORKER_METRICS.remove(self._owner)
         # The handlers stay, to answer with an error: without one, a call is never answered.
         self._reporter.shutdown(wait=False, cancel_futures=True)
         if worker.status in (Status.closing, Status.closed, Status.failed):
@@ -282,7 +302,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             else:
                 self._latest = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
             self._refreshing = self._reporter.submit(worker_report)
-        return self._latest
+        return for_heartbeat(self._latest)
 
     async def load_model(self, spec: bytes) -> dict[str, Any]:
         """Load a model ahead of its first task; the scheduler's call ``daskshare_load``.

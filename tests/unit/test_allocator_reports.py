@@ -18,7 +18,7 @@ def test_a_real_report_is_understood():
         share.load(loaded)
         share.load(gone)
         share.unload(gone.key)
-        facts = WorkerFacts.from_report({"state": "ready", "process": "h:1", **share.report()})
+        facts = WorkerFacts.from_report({"state": "ready", "share": "h:1", **share.report()})
     finally:
         share.close()
     assert facts == WorkerFacts(

@@ -19,7 +19,7 @@ def report(state="ready", uuid="GPU-0", kind="cuda", **resident):
     return {
         "state": state,
         "reason": "no driver" if state == "failed" else "",
-        "process": "h:1",
+        "share": "h:1",
         "device": {"uuid": uuid, "kind": kind},
         "budget_bytes": 1000,
         "free_bytes": 900,

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 
 #: From the ground up. Modules of one floor may import each other, but not in a circle.
 FLOORS: list[list[str]] = [
-    ["errors", "sizeof"],
-    ["config"],
-    ["batching", "placement", "_placement_*", "chunking"],
+    ["errors", "html_repr", "sizeof"],
+    ["config", "option_names"],
+    ["batching", "placement", "_placement_*", "chunking", "timesplit"],
     ["device"],
     ["models.spec"],
     ["kernels", "kernels.*"],
@@ -24,23 +24,25 @@ FLOORS: list[list[str]] = [
     ["share", "_share_*"],
     ["host", "_host_*"],
     ["streaming"],
-    ["worker_plugin"],
+    ["dashboard", "dashboard.*"],
+    ["worker_plugin", "_worker_*"],
     ["allocator", "_allocator_*"],
     ["scheduler_plugin"],
+    ["notebook"],
     ["client"],
     ["cluster"],
     ["video", "video.*"],
     ["results", "results.*"],
     ["spark", "spark.*"],
-    ["dashboard", "dashboard.*"],
     ["testing"],
-    ["cli", "demo", "__main__"],
+    ["doctor", "doctor.*"],
+    ["cli", "_cli_*", "demo", "__main__"],
 ]
 
 #: Programs, which use daskshare as anybody does.
 PROGRAMS = {"cli", "demo", "__main__"}
 
-PURE = ["batching", "placement", "_placement_*", "chunking"]
+PURE = ["batching", "placement", "_placement_*", "chunking", "timesplit"]
 IMPURE_IMPORTS = {"dask", "distributed", "torch", "threading", "time", "asyncio", "concurrent"}
 
 
