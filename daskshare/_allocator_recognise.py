@@ -85,20 +85,21 @@ class ModelFinder:
                 or (self._first(value.kwargs.values(), depth) if value.kwargs else None)
                 or self._first(value.args, depth)
             )
-        if kind is _Kind.SEQUENCE:
-            return self._first(value, depth + 1)
-        if kind is _Kind.MAPPING:
-            return self._first(value.values(), depth + 1)
         if kind is _Kind.DATA:
             return self._find(value.value, depth + 1)
         identity = id(value)
-        try:
+        if identity in self._seen:
             return self._seen[identity]
-        except KeyError:
-            # A function that names itself ends here.
-            self._seen[identity] = None
-            found = self._seen[identity] = self._first(_parts(value, kind), depth + 1)
-            return found
+        # What contains or names itself ends here.
+        self._seen[identity] = None
+        if kind is _Kind.SEQUENCE:
+            parts = value
+        elif kind is _Kind.MAPPING:
+            parts = value.values()
+        else:
+            parts = _parts(value, kind)
+        found = self._seen[identity] = self._first(parts, depth + 1)
+        return found
 
     def _first(self, values: Iterable[Any], depth: int) -> Any | None:
         kinds = self._kinds
