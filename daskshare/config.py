@@ -12,7 +12,7 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["EngineOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
+__all__ = ["EngineOptions", "HostOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
 
 
 def _load_defaults() -> None:
@@ -230,3 +230,61 @@ class WorkerOptions:
         """
         threads = _get("worker.torch-threads")
         return cls(torch_threads=None if threads is None else _integer("worker.torch-threads"))
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """How processes that are no Dask workers use a device's models.
+
+    Parameters
+    ----------
+    serve : bool
+        Whether a Dask worker lets other processes of its machine and user use its models.
+    directory : str or None
+        Folder of the sockets; ``None``: ``/tmp/daskshare-<user id>``.
+    idle_timeout_seconds : float
+        How long a host that was started on demand outlives its last connection.
+    start_timeout_seconds : float
+        How long to wait for one to start.
+    allow_code : bool
+        Whether processes of the same user may hand over models as pickled code.
+    window : int
+        Requests that one connection may have in flight.
+    extensions : tuple of str
+        Modules that add operations to a host.
+    """
+
+    serve: bool = True
+    directory: str | None = None
+    idle_timeout_seconds: float = 20.0
+    start_timeout_seconds: float = 30.0
+    allow_code: bool = True
+    window: int = 8
+    extensions: tuple[str, ...] = ("daskshare.results.hosted",)
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.host`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        directory = _get("host.directory")
+        if directory is not None and (not isinstance(directory, str) or not directory):
+            raise _fail("host.directory", directory, "the path of a folder, or null")
+        extensions = _get("host.extensions")
+        if not isinstance(extensions, (list, tuple)) or not all(
+            isinstance(name, str) for name in extensions
+        ):
+            raise _fail("host.extensions", extensions, "a list of names of modules")
+        return cls(
+            serve=_choice("host.serve", (True, False)),
+            directory=directory,
+            idle_timeout_seconds=_seconds("host.idle-timeout"),
+            start_timeout_seconds=_seconds("host.start-timeout"),
+            allow_code=_choice("host.allow-code", (True, False)),
+            window=_integer("host.window"),
+            extensions=tuple(extensions),
+        )
