@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
 
-from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
+from daskshare.config import EngineOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.errors import NotOnWorkerError
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from daskshare.host import WorkerHost
     from daskshare.share import ModelShare
 
 __all__ = [
@@ -87,14 +90,29 @@ def _build_share(task_threads: int) -> ModelShare:
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
-    return ModelShare(
+    share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
+    options = HostOptions.from_config()
+    # Unix sockets that tell who is at the other end are Linux's.
+    if options.serve and sys.platform == "linux":
+        from daskshare.host import WorkerHost
+
+        _hosts[share] = WorkerHost(share, options)
+    return share
+
+
+#: Through which other processes of this machine use a share.
+_hosts: weakref.WeakKeyDictionary[ModelShare, WorkerHost] = weakref.WeakKeyDictionary()
 
 
 def _close_share(build: Future[ModelShare]) -> None:
     if build.exception() is None:
-        build.result().close()
+        share = build.result()
+        host = _hosts.pop(share, None)
+        if host is not None:
+            host.stop()
+        share.close()
 
 
 def _set_torch_threads(task_threads: int) -> None:
