@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -210,7 +211,11 @@ class Connection:
                     f"runs (it is {self._server.options.allow_code}).",
                     option="daskshare.host.allow-code",
                 )
-            lease = self._server.lease(build(header["spec"], code))
+            spec = build(header["spec"], code)
+            if self._server.owner == "worker" and isinstance(spec, PredictSpec):
+                # Tasks of a Dask worker rely on its working directory.
+                spec = dataclasses.replace(spec, directory="")
+            lease = self._server.lease(spec)
         except BaseException as error:
             future.set_exception(error)
             raise

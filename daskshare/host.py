@@ -19,6 +19,7 @@ from daskshare._host_client import HostClient, HostedModel
 from daskshare._host_operations import Call, operation
 from daskshare._host_predict import PredictSpec
 from daskshare._host_server import HostServer
+from daskshare._host_spec import describe
 from daskshare._host_start import connect
 from daskshare._host_wire import receive, send
 from daskshare.config import HostOptions
@@ -34,6 +35,7 @@ __all__ = [
     "HostedModel",
     "PredictSpec",
     "WorkerHost",
+    "describe",
     "local_devices",
     "operation",
 ]

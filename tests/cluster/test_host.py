@@ -166,7 +166,7 @@ def test_the_loader_finds_its_callers_modules_and_files(folder, tmp_path, monkey
     def make():
         import only_here
 
-        factor = only_here.FACTOR * int(open("weights.txt").read())
+        factor = only_here.FACTOR * int(Path("weights.txt").read_text())
         return lambda x: x * factor
 
     spec = PredictSpec(
