@@ -66,8 +66,8 @@ class PredictSpec:
         """Bytes of device memory: 0, nobody can ask the function."""
         return 0
 
-    def load(self, device: Device) -> PredictProgram:
-        """Call the loader.
+    def load(self, device: Device) -> Any:
+        """Call the loader; returns a :class:`PredictProgram`.
 
         Raises
         ------

@@ -79,11 +79,15 @@ def detect_images(call: Call) -> dict[str, Any]:
             frames.append(image)
             indices.append(index)
     if not frames:
-        return {"rows": DETECTIONS_SCHEMA.empty_table().to_batches()[0], "failed": failed}
+        return {"rows": _no_rows(), "failed": failed}
     results = call.lease.infer(frames, task=call.task)
     rows = detections_batch("", 0, np.zeros(len(frames)), results)
     places = pa.array(np.asarray(indices, np.int64)).take(rows.column("frame"))
     return {"rows": rows.set_column(1, rows.schema.field("frame"), places), "failed": failed}
+
+
+def _no_rows() -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist([], DETECTIONS_SCHEMA)
 
 
 def _decode(data: np.ndarray) -> np.ndarray | None:
@@ -126,6 +130,7 @@ def _path(name: str) -> str:
 
 def _as_json(chunk: VideoChunk) -> dict[str, Any]:
     values = {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)}
+    values = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
     values["time_base"] = str(chunk.time_base)
     values["packed_pts"] = base64.b64encode(chunk.packed_pts).decode()
     return values
@@ -170,7 +175,7 @@ def detect_chunk(call: Call) -> dict[str, Any]:
         raise DaskshareError(f"{chunk.video}: no frame came out of chunk {chunk.index}.")
     rows = pa.Table.from_batches(parts, DETECTIONS_SCHEMA).combine_chunks().to_batches()
     return {
-        "rows": rows[0] if rows else DETECTIONS_SCHEMA.empty_table().to_batches()[0],
+        "rows": rows[0] if rows else _no_rows(),
         "problem": batches.problem,
         "num_frames": batches.num_frames,
     }

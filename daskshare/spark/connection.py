@@ -58,12 +58,12 @@ def task_device() -> str:
         return devices[0]
     gpus = context.resources().get("gpu")
     if gpus is not None and gpus.addresses:
-        address = gpus.addresses[0]
+        address = str(gpus.addresses[0])
         if address.isdigit() and int(address) < len(devices):
             return devices[int(address)]
         if address in devices:
-            return str(address)
-    return devices[context.partitionId() % len(devices)]
+            return address
+    return devices[int(context.partitionId()) % len(devices)]
 
 
 @dataclass(slots=True)

@@ -113,4 +113,4 @@ def detect(
         allow_code=allow_code,
     )
     wanted = df.select(*(df[name] for name in keys), df[input_col].alias(INPUT))
-    return wanted.mapInArrow(work, schema)  # type: ignore[arg-type]
+    return wanted.mapInArrow(work, schema)

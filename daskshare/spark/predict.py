@@ -94,7 +94,7 @@ def predict_batch_udf(
         remote,
         return_type=return_type,
         batch_size=batch_size,
-        input_tensor_shapes=input_tensor_shapes,  # type: ignore[arg-type]
+        input_tensor_shapes=input_tensor_shapes,
     )
 
 
