@@ -16,6 +16,10 @@ import psutil
 __all__ = ["deviceless_pss_bytes", "gpu_used_bytes", "host_frames", "random_weights", "rate"]
 
 
+#: Of the last convolutions: a frame of traffic then has some five boxes above the threshold.
+_OBJECTNESS_BIAS = -7.0
+
+
 def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -> Path:
     """Write a Darknet weights file with random values that keep activations in a sane range.
 
@@ -39,7 +43,7 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
     from daskshare.models.plan import Shortcut
 
     folder = folder or Path(tempfile.gettempdir())
-    path = folder / f"{network}-random-{seed}.weights"
+    path = folder / f"{network}-random-{seed}-bias{_OBJECTNESS_BIAS:g}.weights"
     if path.exists():
         return path
     random = np.random.default_rng(seed)
@@ -57,7 +61,7 @@ def random_weights(network: str, folder: Path | None = None, *, seed: int = 0) -
                 np.zeros(layer.channels, np.float32).tofile(out)  # rolling mean
                 np.ones(layer.channels, np.float32).tofile(out)  # rolling variance
             else:
-                bias.reshape(3, -1)[:, 4] = -4.5
+                bias.reshape(3, -1)[:, 4] = _OBJECTNESS_BIAS
                 bias.tofile(out)
             fan_in = int(np.prod(layer.weight_shape[1:]))
             # Each branch of a residual adds little, or activations would grow without bound.

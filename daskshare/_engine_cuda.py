@@ -75,6 +75,22 @@ class _Slot:
         self.block = None
 
 
+_Streams = tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]
+
+# A library's workspaces (cuBLAS takes 32 MiB) belong to a stream and stay when its user is gone:
+# models that come and go take the streams of those before them.
+_IDLE_STREAMS: dict[torch.device, list[_Streams]] = {}
+_IDLE_STREAMS_LOCK = threading.Lock()
+
+
+def _take_streams(device: torch.device) -> _Streams:
+    with _IDLE_STREAMS_LOCK:
+        idle = _IDLE_STREAMS.get(device)
+        if idle:
+            return idle.pop()
+    return (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+
+
 class CudaRunner:
     """Runs batches on one CUDA device.
 
@@ -105,9 +121,8 @@ class CudaRunner:
         self._last_group: Group | None = None
         self._warm: set[tuple[Group, int]] = set()
         with torch.cuda.device(self._device):
-            self._copy_in = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self._copy_out = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._streams = _take_streams(self._device)
+            self._copy_in, self._compute, self._copy_out = self._streams
             self._slots = [_Slot() for _ in range(slots)]
         self._pool: Any = None
 
@@ -195,6 +210,8 @@ class CudaRunner:
         self._pool = None
         self.forwards.remove()
         self.check_device()
+        with _IDLE_STREAMS_LOCK:
+            _IDLE_STREAMS.setdefault(self._device, []).append(self._streams)
         torch.cuda.empty_cache()
 
     def _input(self, state: _Slot, group: Group, rows: int) -> torch.Tensor:

@@ -138,11 +138,13 @@ class InferenceStream:
         options = self._options
         # The decoder's own choice would be NVDEC wherever it is told a CUDA device.
         device = None if options.decoder == "pyav" else self._lease.engine.device
+        wanted: dict[str, Any] = {"device": device, "batch_frames": options.frames_per_request}
+        letterbox_size = getattr(self._lease.program, "letterbox_size", None)
+        if letterbox_size is not None and device is not None and device.is_cuda:
+            wanted["input_size"] = letterbox_size
         ended = False
         try:
-            with self._source.open_frames(
-                device=device, batch_frames=options.frames_per_request
-            ) as frames:
+            with self._source.open_frames(**wanted) as frames:
                 yield from self._infer(frames)
                 problem, decoder = frames.problem, frames.decoder
             ended = True
@@ -159,7 +161,12 @@ class InferenceStream:
             for batch in frames:
                 while len(waiting) >= self._options.requests_in_flight:
                     yield self._next(waiting)
-                prepared = program.prepare(batch.frames)
+                if batch.source_size is None:
+                    prepared = program.prepare(batch.frames)
+                else:
+                    prepared = program.prepare_letterboxed(  # type: ignore[attr-defined]
+                        batch.frames, batch.source_size
+                    )
                 future = self._lease.submit(prepared, task=self._task)
                 waiting.append((batch, prepared.context, future))
                 del batch, prepared

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "SAMPLE_SOURCE",
     "YuvConversion",
     "semiplanar_to_rgb",
     "surface_to_rgb",
@@ -184,7 +185,8 @@ def semiplanar_to_rgb(
     return yuv420_to_rgb(luma, chroma[..., 0], chroma[..., 1], conversion)
 
 
-_SOURCE = r"""
+#: CUDA C++: reads a sample as 8 bits, and clamps to them.
+SAMPLE_SOURCE = r"""
 __device__ __forceinline__ int sample(const unsigned char* p) { return *p; }
 
 // High-bit samples are rounded to 8 bits, with the top value kept from wrapping.
@@ -193,7 +195,11 @@ __device__ __forceinline__ int sample(const unsigned short* p) {
 }
 
 __device__ __forceinline__ unsigned char clamp(int x) { return min(max(x, 0), 255); }
+"""
 
+_SOURCE = (
+    SAMPLE_SOURCE
+    + r"""
 template <typename T>
 __global__ void semiplanar_to_rgb(
     const unsigned char* luma, const unsigned char* chroma, unsigned char* rgb,
@@ -222,6 +228,7 @@ __global__ void semiplanar_to_rgb(
     }
 }
 """
+)
 
 
 @functools.cache
@@ -265,12 +272,12 @@ def surface_to_rgb(
     Runs in the decoding task's thread, with ``out``'s device current; returns before the kernel
     has run. Same results as :func:`semiplanar_to_rgb`.
     """
-    import cupy
+    from daskshare.kernels.cupy_kernel import cupy_stream
 
     height, width = int(out.shape[0]), int(out.shape[1])
     block = (32, 8)
     grid = (-(-width // (2 * block[0])), -(-height // (2 * block[1])))
-    with cupy.cuda.ExternalStream(stream):
+    with cupy_stream(stream):
         _kernel(sample_bytes)(
             grid,
             block,

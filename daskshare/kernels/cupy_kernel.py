@@ -11,7 +11,7 @@ import torch
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["CudaKernel"]
+__all__ = ["CudaKernel", "cupy_stream"]
 
 
 @cache
@@ -24,6 +24,27 @@ def _cupy() -> Any:
             "Install daskshare's extra: pip install 'daskshare[gpu]'.",
             option="cupy",
         ) from error
+
+
+class _CudaStream:
+    """A stream's handle under the protocol by which CUDA libraries exchange streams."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+def cupy_stream(handle: int) -> Any:
+    """CuPy's view of a CUDA stream that another library owns; a context manager.
+
+    Parameters
+    ----------
+    handle : int
+        The stream's ``cudaStream_t``, of the current device.
+    """
+    return _cupy().cuda.Stream.from_external(_CudaStream(handle))
 
 
 class CudaKernel:
@@ -78,5 +99,5 @@ class CudaKernel:
             else np.float32(arg)
             for arg in args
         )
-        with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+        with cupy.cuda.Device(device.index), cupy_stream(stream):
             self._kernel(grid, block, values)

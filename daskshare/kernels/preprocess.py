@@ -18,6 +18,7 @@ from daskshare.kernels.cupy_kernel import CudaKernel
 
 __all__ = [
     "FILL",
+    "TAP_SOURCE",
     "Letterbox",
     "letterbox_cuda",
     "letterbox_host",
@@ -105,7 +106,8 @@ def letterbox_host(frame: np.ndarray, out: np.ndarray) -> None:
         )
 
 
-_SOURCE = r"""
+#: CUDA C++: the two source positions of an output position, and the second's weight of 2048.
+TAP_SOURCE = r"""
 __device__ __forceinline__ int tap(
     int at, float scale, int length, int* first, int* second)
 {
@@ -116,7 +118,11 @@ __device__ __forceinline__ int tap(
     *second = min(max(floor_position + 1, 0), length - 1);
     return __float2int_rn(__fmul_rn(__fsub_rn(position, (float)floor_position), 2048.0f));
 }
+"""
 
+_SOURCE = (
+    TAP_SOURCE
+    + r"""
 extern "C" __global__ void letterbox(
     const unsigned char* __restrict__ source, unsigned char* __restrict__ out,
     int source_height, int source_width, int height, int width,
@@ -145,6 +151,7 @@ extern "C" __global__ void letterbox(
     }
 }
 """.replace("FILL", str(FILL))
+)
 
 #: The compiled kernel.
 letterbox_kernel = CudaKernel(_SOURCE, "letterbox")

@@ -74,6 +74,7 @@ class YoloV3Program:
         self._iou_threshold = iou_threshold
         plan = network.plan
         self.item_shape: tuple[int, ...] | None = (plan.height, plan.width, 3)
+        self.letterbox_size: tuple[int, int] = (plan.height, plan.width)
         self.max_batch_size = max_batch_size or (64 if self._cuda else 4)
         self.batch_sizes: tuple[int, ...] = _doubling(self.max_batch_size) if self._cuda else ()
         self.model_bytes = network.num_bytes
@@ -128,17 +129,32 @@ class YoloV3Program:
                 torch.cuda.current_stream(self._device).synchronize()
         context = []
         for group in groups:
-            context += [Letterbox(group.shape[1], group.shape[2], *self._size)] * len(group)
+            context += [Letterbox(group.shape[1], group.shape[2], *self.letterbox_size)] * len(
+                group
+            )
         return Prepared(items, context)
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self._network.plan.height, self._network.plan.width
+    def prepare_letterboxed(self, frames: torch.Tensor, source_size: tuple[int, int]) -> Prepared:
+        """Take frames that a decoder letterboxed to ``letterbox_size``.
+
+        Parameters
+        ----------
+        frames : torch.Tensor, shape (n, height, width, 3), uint8
+            On the program's device, in the order of the thread's current torch stream.
+        source_size : tuple of int
+            Height and width of the video's frames, pixels.
+
+        Returns
+        -------
+        Prepared
+            As :meth:`prepare` gives.
+        """
+        return Prepared(frames, [Letterbox(*source_size, *self.letterbox_size)] * len(frames))
 
     def _prepare_host(self, groups: list[np.ndarray]) -> np.ndarray:
-        if len(groups) == 1 and groups[0].shape[1:3] == self._size:
+        if len(groups) == 1 and groups[0].shape[1:3] == self.letterbox_size:
             return np.ascontiguousarray(groups[0])
-        out = np.empty((sum(map(len, groups)), *self._size, 3), dtype=np.uint8)
+        out = np.empty((sum(map(len, groups)), *self.letterbox_size, 3), dtype=np.uint8)
         frames = (frame for group in groups for frame in group)
         for frame, destination in zip(frames, out, strict=True):
             letterbox_host(frame, destination)
@@ -152,10 +168,10 @@ class YoloV3Program:
             else group.to(self._device).contiguous()
             for group in groups
         ]
-        if len(tensors) == 1 and tensors[0].shape[1:3] == self._size:
+        if len(tensors) == 1 and tensors[0].shape[1:3] == self.letterbox_size:
             out = tensors[0]
         else:
-            shape = (sum(map(len, tensors)), *self._size, 3)
+            shape = (sum(map(len, tensors)), *self.letterbox_size, 3)
             out = torch.empty(shape, dtype=torch.uint8, device=self._device)
             start = 0
             for tensor in tensors:
@@ -207,7 +223,7 @@ class YoloV3Program:
 
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            shape = (batch_size, *self._size, 3)
+            shape = (batch_size, *self.letterbox_size, 3)
             forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
         stream.synchronize()
         return forward

@@ -113,6 +113,11 @@ class Program(Protocol):
         Bytes of device memory that the weights take.
     graph_capturable : bool
         Whether ``forward`` may be captured into a CUDA graph (fixed shapes, no host round trip).
+
+    Notes
+    -----
+    A program may have ``letterbox_size`` (height, width) and ``prepare_letterboxed(frames,
+    source_size)``: then a decoder may letterbox frames on its way, which saves a pass over them.
     """
 
     item_shape: tuple[int, ...] | None
@@ -185,11 +190,15 @@ class FrameBatch:
         0-based index of the first frame in the video's presentation order.
     pts_seconds : numpy.ndarray, shape (n,), float64
         Presentation times from the start of the stream's time axis.
+    source_size : tuple of int, optional
+        Height and width of the source's frames where ``frames`` are already letterboxed for the
+        network; ``None``: they are the source's own.
     """
 
     frames: Any
     first_frame: int
     pts_seconds: np.ndarray
+    source_size: tuple[int, int] | None = None
 
 
 class FrameStream(Protocol):
@@ -211,7 +220,14 @@ class FrameSource(Protocol):
     def video(self) -> str: ...
 
     def open_frames(
-        self, *, device: Device | None = None, batch_frames: int | None = None
+        self,
+        *,
+        device: Device | None = None,
+        batch_frames: int | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> AbstractContextManager[FrameStream]:
-        """Start decoding; frames may come in the memory of ``device``."""
+        """Start decoding; frames may come in the memory of ``device``, letterboxed for a network.
+
+        ``input_size`` is given only to a model with a ``letterbox_size``, on a CUDA device.
+        """
         ...

@@ -106,6 +106,7 @@ class VideoChunk:
         device: Device | None = None,
         batch_frames: int | None = None,
         decoder: str | None = None,
+        input_size: tuple[int, int] | None = None,
     ) -> Iterator[FrameStream]:
         """Start decoding.
 
@@ -118,11 +119,15 @@ class VideoChunk:
             ``daskshare.video.frames-per-request``.
         decoder : {"auto", "nvdec", "pyav"}, optional
             The default is configured as ``daskshare.video.decoder``.
+        input_size : tuple of int, optional
+            Height and width of a network's input. A decoder that can letterbox frames to it at no
+            cost does, and says so in each batch's ``source_size``.
 
         Yields
         ------
         FrameStream
-            Its batches are uint8 RGB (n, height, width, 3). A batch ends early before a missing
+            Its batches are uint8 RGB (n, height, width, 3), of the video's size or of
+            ``input_size``. A batch ends early before a missing
             frame and where the size changes. Can be iterated once.
 
         Raises
@@ -154,7 +159,11 @@ class VideoChunk:
             note = nvdec.refusal(self, device)
             if not note:
                 with nvdec.open_frames(
-                    self, device, batch_frames=batch_frames, fall_back=decoder == "auto"
+                    self,
+                    device,
+                    batch_frames=batch_frames,
+                    fall_back=decoder == "auto",
+                    input_size=input_size,
                 ) as frames:
                     yield frames
                 return

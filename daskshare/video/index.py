@@ -117,7 +117,8 @@ def scan_container(container: InputContainer) -> Scan:
         return Scan(error=f"holds no video stream; {found}.")
     context = stream.codec_context
     scan = Scan(
-        codec=context.name,
+        # Not the decoder's own name: AV1's is libdav1d.
+        codec=context.codec.canonical_name,
         time_base=stream.time_base or Fraction(1, 1000),
         average_rate=stream.average_rate,
     )

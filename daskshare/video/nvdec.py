@@ -1,22 +1,29 @@
 """Decode a chunk on a CUDA device with PyNvVideoCodec; frames never visit the host.
 
 PyAV demultiplexes, so that both decoders follow the same plan of packets; NVDEC decodes into
-NV12 or P016 surfaces; a CuPy kernel turns each into RGB. Whatever NVDEC cannot do, or fails to do
-half-way, goes to PyAV, and the stream says so.
+NV12 or P016 surfaces; one CuPy kernel turns each into RGB, letterboxed for the network where that
+is asked for. Whatever NVDEC cannot do, or fails to do half-way, goes to PyAV, and the stream says
+so.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from daskshare.errors import VideoError
-from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 from daskshare.models.spec import FrameBatch
 from daskshare.video import decode
+from daskshare.video.nvdec_session import (
+    BIT_DEPTHS,
+    CODECS,
+    NvdecFailed,
+    NvdecSession,
+    SessionKey,
+    capabilities,
+)
+from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
 
 if TYPE_CHECKING:
@@ -28,39 +35,10 @@ if TYPE_CHECKING:
     from daskshare.device import Device
     from daskshare.video.chunk import VideoChunk
 
-__all__ = ["NvdecFrames", "SessionKey", "open_frames", "refusal"]
+__all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
 
-# Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
-_CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
-_BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
 # The NVIDIA parser wants start codes and parameter sets in the stream.
 _START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
-
-
-class _NvdecFailed(Exception):
-    """NVDEC cannot go on with this chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionKey:
-    """What a decoding session depends on; chunks with equal keys could share one.
-
-    Parameters
-    ----------
-    device_index : int
-        CUDA ordinal in this process.
-    codec : str
-        FFmpeg's name.
-    bit_depth : int
-    width, height : int
-        Size as stored, pixels.
-    """
-
-    device_index: int
-    codec: str
-    bit_depth: int
-    width: int
-    height: int
 
 
 def _key(chunk: VideoChunk, device: Device) -> SessionKey:
@@ -69,7 +47,7 @@ def _key(chunk: VideoChunk, device: Device) -> SessionKey:
     return SessionKey(
         device_index=device.index,
         codec=chunk.codec,
-        bit_depth=_BIT_DEPTHS[chunk.pixel_format],
+        bit_depth=BIT_DEPTHS[chunk.pixel_format],
         width=width,
         height=height,
     )
@@ -86,9 +64,9 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
     """
     if not chunk.exact:
         return "the file's index cannot be trusted"
-    if chunk.codec not in _CODECS:
+    if chunk.codec not in CODECS:
         return f"the codec {chunk.codec} is not decoded on the GPU"
-    if chunk.pixel_format not in _BIT_DEPTHS:
+    if chunk.pixel_format not in BIT_DEPTHS:
         return f"the pixel format {chunk.pixel_format} is not 4:2:0"
     if chunk.width % 2 or chunk.height % 2:
         return f"the size {chunk.width}x{chunk.height} is odd"
@@ -99,7 +77,7 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
         return f"PyNvVideoCodec cannot be imported: {str(error).splitlines()[0]}"
     key = _key(chunk, device)
     try:
-        caps = _capabilities(key.device_index, key.codec, key.bit_depth)
+        caps = capabilities(key.device_index, key.codec, key.bit_depth)
     except (RuntimeError, PyNvVideoCodec.PyNvVCException) as error:
         return f"the GPU's decoder cannot be asked: {error}"
     if caps.get("num_decoder_engines", 0) < 1:
@@ -111,94 +89,22 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
     return ""
 
 
-@functools.cache
-def _capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int]:
-    import PyNvVideoCodec
-
-    return dict(
-        PyNvVideoCodec.GetDecoderCaps(
-            gpuid=device_index,
-            codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[codec]),
-            chromaformat=getattr(PyNvVideoCodec.cudaVideoChromaFormat, "420"),
-            bitdepth=bit_depth,
-        )
-    )
+_sessions: SessionPool[SessionKey, NvdecSession] = SessionPool(NvdecSession)
 
 
-class _Session:
-    """One NVDEC session with its own CUDA stream."""
-
-    def __init__(self, key: SessionKey) -> None:
-        import cupy
-        import PyNvVideoCodec
-        import torch
-
-        self.key = key
-        with torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            # The stream exists, so torch's (the primary) context is current in this thread.
-            self._decoder = PyNvVideoCodec.CreateDecoder(
-                gpuid=key.device_index,
-                codec=getattr(PyNvVideoCodec.cudaVideoCodec, _CODECS[key.codec]),
-                cudacontext=cupy.cuda.driver.ctxGetCurrent(),
-                cudastream=self.stream.cuda_stream,
-                usedevicememory=True,
-            )
-
-    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[Any]:
-        """Feed a packet (``None``: drain) with its time; returns surfaces in display order."""
-        import PyNvVideoCodec
-
-        data = PyNvVideoCodec.PacketData()
-        if packet is not None:
-            data.bsl = packet.size
-            data.bsl_data = packet.buffer_ptr
-            data.pts = ticks
-            data.key = int(packet.is_keyframe)
-        return list(self._decoder.Decode(data))
-
-    def to_rgb(self, surface: Any, out: torch.Tensor, conversion: YuvConversion) -> None:
-        """Queue the conversion of a surface into one frame of a batch."""
-        import torch
-
-        luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
-        sample_bytes = 1 if self.key.bit_depth == 8 else 2
-        format_name = str(getattr(surface.format, "name", surface.format))
-        # Chroma follows luma in one allocation, which tells the distance between rows.
-        pitch, rest = divmod(chroma - luma, self.key.height)
-        expected = "NV12" if sample_bytes == 1 else "P016"
-        if format_name != expected or rest or pitch < self.key.width * sample_bytes:
-            raise _NvdecFailed(
-                f"got a {format_name} surface of shape {surface.shape} with {chroma - luma} bytes "
-                f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
-            )
-        with torch.cuda.device(self.key.device_index):
-            surface_to_rgb(
-                luma,
-                chroma,
-                out,
-                conversion,
-                luma_pitch_bytes=pitch,
-                chroma_pitch_bytes=pitch,
-                sample_bytes=sample_bytes,
-                stream=self.stream.cuda_stream,
-            )
-
-
-@contextmanager
-def _session(key: SessionKey) -> Iterator[_Session]:
-    """A session for one chunk. The one place to change for sharing sessions between chunks."""
-    session = _Session(key)
-    try:
-        yield session
-    finally:
-        # The decoder's surfaces must not be freed under kernels that still read them.
-        session.stream.synchronize()
+def close_idle_sessions() -> None:
+    """Close the decoding sessions of this process that no chunk uses; from any thread."""
+    _sessions.close_idle()
 
 
 @contextmanager
 def open_frames(
-    chunk: VideoChunk, device: Device, *, batch_frames: int, fall_back: bool
+    chunk: VideoChunk,
+    device: Device,
+    *,
+    batch_frames: int,
+    fall_back: bool,
+    input_size: tuple[int, int] | None = None,
 ) -> Iterator[NvdecFrames]:
     """Open a chunk for decoding on a CUDA device.
 
@@ -211,13 +117,22 @@ def open_frames(
         Most frames in a batch.
     fall_back : bool
         Whether PyAV goes on where NVDEC fails; otherwise VideoError is raised.
+    input_size : tuple of int, optional
+        Height and width to which frames are letterboxed; not those of rotated video.
 
     Yields
     ------
     NvdecFrames
     """
     with open_av(chunk.video, storage_options=chunk.storage_options) as container:
-        yield NvdecFrames(chunk, container, device, batch_frames=batch_frames, fall_back=fall_back)
+        yield NvdecFrames(
+            chunk,
+            container,
+            device,
+            batch_frames=batch_frames,
+            fall_back=fall_back,
+            input_size=None if chunk.rotation else input_size,
+        )
 
 
 class NvdecFrames:
@@ -230,6 +145,7 @@ class NvdecFrames:
     device : Device
     batch_frames : int
     fall_back : bool
+    input_size : tuple of int or None
 
     Attributes
     ----------
@@ -249,7 +165,9 @@ class NvdecFrames:
         *,
         batch_frames: int,
         fall_back: bool,
+        input_size: tuple[int, int] | None = None,
     ) -> None:
+        self._input_size = input_size
         self.decoder = "nvdec"
         self.decoder_note = ""
         self.problem = ""
@@ -263,7 +181,7 @@ class NvdecFrames:
         import av
         import PyNvVideoCodec
 
-        failures = (_NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException, av.FFmpegError)
+        failures = (NvdecFailed, RuntimeError, PyNvVideoCodec.PyNvVCException, av.FFmpegError)
         done = 0
         try:
             for batch in self._from_gpu():
@@ -292,16 +210,18 @@ class NvdecFrames:
         stream = decode.video_stream(self._container, chunk)
         conversion = decode.stream_conversion(stream)
         pts = chunk.pts()
-        capacity, height, width = self._batch_frames, key.height, key.width
+        capacity = self._batch_frames
+        height, width = self._input_size or (key.height, key.width)
         emitted = size = 0
-        with _session(key) as session:
+        with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
+            convert: Callable[[Any, torch.Tensor, int], None] | None = None
             for surface, ticks in self._surfaces(session, stream, int(pts[0])):
                 position = emitted + size
                 if position == len(pts) or ticks < pts[position]:
                     continue
                 if ticks != pts[position]:
-                    raise _NvdecFailed(f"frame {chunk.first_frame + position} did not come")
+                    raise NvdecFailed(f"frame {chunk.first_frame + position} did not come")
                 if batch is None:
                     with torch.cuda.stream(session.stream):
                         batch = torch.empty(
@@ -309,7 +229,9 @@ class NvdecFrames:
                             dtype=torch.uint8,
                             device=self._device.torch_device(),
                         )
-                session.to_rgb(surface, batch[size], conversion)
+                if convert is None:
+                    convert = session.converter(surface, conversion, self._input_size)
+                convert(surface, batch, size)
                 size += 1
                 if size == capacity or emitted + size == len(pts):
                     with torch.cuda.stream(session.stream):
@@ -320,14 +242,14 @@ class NvdecFrames:
                 if emitted == len(pts):
                     break
         if emitted < len(pts):
-            raise _NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
+            raise NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
         numbers = decode.FrameNumbers(chunk)
         for ticks in pts:
             numbers.place(int(ticks))
         self.problem = numbers.problem()
 
     def _surfaces(
-        self, session: _Session, stream: VideoStream, origin: int
+        self, session: NvdecSession, stream: VideoStream, origin: int
     ) -> Iterator[tuple[Any, int]]:
         from av.bitstream import BitStreamFilterContext
 
@@ -337,6 +259,8 @@ class NvdecFrames:
         parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
+            if self._refers_past_the_keyframe(packet, origin):
+                continue
             parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
                 parts = [*to_start_codes.filter(packet)]
@@ -344,12 +268,22 @@ class NvdecFrames:
                 parts[0] = _with_prefix(parameter_sets, parts[0])
                 parameter_sets = b""
             for part in parts:
-                # Times are counted from the chunk's start so that they are small in the parser.
+                # Times are counted from the chunk's start, whatever a session did before.
                 ticks = 0 if part is None or part.pts is None else part.pts - origin
-                for surface in session.decode(part, ticks):
-                    yield surface, int(surface.timestamp) + origin
+                for surface, time in session.decode(part, ticks):
+                    yield surface, time + origin
         if numbers.errors:
-            raise _NvdecFailed(f"reading broke off: {numbers.last_error}")
+            raise NvdecFailed(f"reading broke off: {numbers.last_error}")
+
+    def _refers_past_the_keyframe(self, packet: Packet[Any] | None, origin: int) -> bool:
+        # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the standard says,
+        # but gives their times to the pictures that follow.
+        return (
+            self._chunk.codec == "hevc"
+            and packet is not None
+            and packet.pts is not None
+            and packet.pts < origin
+        )
 
     def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
         import torch
@@ -362,6 +296,7 @@ class NvdecFrames:
             frames=frames,
             first_frame=self._chunk.first_frame + emitted,
             pts_seconds=pts[emitted : emitted + count] * float(self._chunk.time_base),
+            source_size=(self._chunk.height, self._chunk.width) if self._input_size else None,
         )
 
 

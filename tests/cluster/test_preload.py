@@ -111,7 +111,11 @@ def without_daskshare(tmp_path):
     """A path on which daskshare is broken."""
     package = tmp_path / "broken" / "daskshare"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('a library is missing')\n", "utf-8")
+    (package / "__init__.py").touch()
+    # Dask loads this entry point whenever it is imported.
+    (package / "sizeof.py").write_text("def register(sizeof): pass\n", "utf-8")
+    for name in ("scheduler_plugin.py", "worker_plugin.py"):
+        (package / name).write_text("raise ImportError('a library is missing')\n", "utf-8")
     return package.parent
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from daskshare.kernels.colour import semiplanar_to_rgb, surface_to_rgb, yuv_conversion
+from daskshare.kernels.preprocess import Letterbox
+from daskshare.kernels.surface import SurfaceLetterbox, surface_letterbox_host
 
 pytestmark = pytest.mark.gpu
 
@@ -54,3 +56,49 @@ def test_kernel_equals_twin(torch, sample_bytes, width, height, matrix, full_ran
     # The frames beside it in the batch stay as they were.
     assert (out[0] == 77).all()
     assert (out[2] == 77).all()
+
+
+@pytest.mark.parametrize("sample_bytes", [1, 2])
+@pytest.mark.parametrize(
+    ("width", "height", "target"),
+    [
+        (64, 48, (416, 416)),
+        (1920, 1080, (416, 416)),
+        (66, 50, (64, 96)),
+        (1080, 1920, (608, 608)),
+        (2, 2, (32, 32)),
+        (416, 416, (416, 416)),
+    ],
+)
+@pytest.mark.parametrize(("matrix", "full_range"), [(5, False), (1, False), (9, True)])
+def test_surface_to_input_equals_its_twin(
+    torch, sample_bytes, width, height, target, matrix, full_range
+):
+    rng = np.random.default_rng(1)
+    dtype, top = (np.uint8, 256) if sample_bytes == 1 else (np.uint16, 65536)
+    pitch = (width + 31) // 2 * 2
+    rows, chroma_rows = height, -(-height // 2)
+    host = rng.integers(0, top, (rows + chroma_rows, pitch)).astype(dtype)
+    luma = host[:rows, :width]
+    chroma = host[rows:, : 2 * (-(-width // 2))].reshape(chroma_rows, -1, 2)
+    conversion = yuv_conversion(matrix, full_range=full_range)
+    surface = torch.from_numpy(host.view(np.uint8)).cuda()
+    out = torch.full((3, *target, 3), 77, dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    pitch_bytes = pitch * sample_bytes
+    to_input = SurfaceLetterbox(
+        Letterbox(height, width, *target),
+        conversion,
+        pitch_bytes=pitch_bytes,
+        sample_bytes=sample_bytes,
+        device_index=0,
+        stream=stream.cuda_stream,
+    )
+    pointer = surface.data_ptr()
+    to_input(pointer, pointer + pitch_bytes * rows, out[1].data_ptr())
+    stream.synchronize()
+    got = out.cpu().numpy()
+    assert (got[[0, 2]] == 77).all(), "wrote outside of its frame"
+    expected = surface_letterbox_host(luma, chroma, conversion, height=target[0], width=target[1])
+    np.testing.assert_array_equal(got[1], expected)

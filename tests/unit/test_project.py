@@ -111,7 +111,7 @@ def test_cuda_of_cupy_dask_cuda_and_conda_agree():
     assert environment()[0]["cuda-version"] == SpecifierSet("==13.*")
 
 
-ON_LINUX = {"torch", "dask-cuda", "cupy-cuda13x", "nvidia-ml-py"}
+ON_LINUX = {"torch", "dask-cuda", "cupy-cuda13x", "nvidia-ml-py", "triton"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)

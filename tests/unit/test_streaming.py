@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from daskshare.config import VideoOptions
+from daskshare.device import Device
 from daskshare.models.spec import FrameBatch, Prepared
 from daskshare.streaming import stream, stream_counts
 
@@ -29,7 +30,8 @@ class Frames:
             frames = np.full((source.batch_frames, 2, 2, 3), i, np.uint8)
             first = i * source.batch_frames
             times = np.arange(first, first + source.batch_frames) / 10
-            yield FrameBatch(frames=frames, first_frame=first, pts_seconds=times)
+            size = (9, 16) if source.input_size else None
+            yield FrameBatch(frames, first_frame=first, pts_seconds=times, source_size=size)
         self.problem = source.problem_at_end
         self.decoder = "pyav"
 
@@ -51,8 +53,9 @@ class Source:
         self.batch_frames = None
 
     @contextmanager
-    def open_frames(self, *, device=None, batch_frames=None):
+    def open_frames(self, *, device=None, batch_frames=None, input_size=None):
         self.opened += 1
+        self.input_size = input_size
         self.device = device
         self.batch_frames = batch_frames
         try:
@@ -124,6 +127,24 @@ def test_results_come_with_their_frames_in_order():
     assert (source.device, source.batch_frames) == ("the engine's device", 2)
     assert (batches.problem, batches.decoder, batches.num_frames) == ("", "pyav", 8)
     assert changes(before) == {"chunks": 1, "frames": 8, "decoder_pyav": 1}
+
+
+@pytest.mark.parametrize(("is_cuda", "letterboxed"), [(True, True), (False, False)])
+def test_a_decoder_on_the_gpu_may_letterbox_for_the_model(is_cuda, letterboxed):
+    lease, source = Lease(), Source(2)
+    lease.engine.device = Device("cuda", 0, "GPU-1", "made up", 1) if is_cuda else Device.cpu()
+    lease.program.letterbox_size = (2, 2)
+    sizes = []
+
+    def prepare_letterboxed(frames, source_size):
+        sizes.append(source_size)
+        return Prepared(frames, context=len(frames))
+
+    lease.program.prepare_letterboxed = prepare_letterboxed
+    with stream(lease, source, options=options()) as batches:
+        assert [results for _, results in batches] == [[f"frame of {i}"] * 2 for i in range(2)]
+    assert source.input_size == ((2, 2) if letterboxed else None)
+    assert sizes == [(9, 16)] * (2 if letterboxed else 0)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 4])

@@ -192,3 +192,13 @@ def test_callers_in_many_threads(load):
         thread.join(60)
     for result in results:
         assert_same(result, expected)
+
+
+def test_frames_that_a_decoder_letterboxed_map_back_to_its_frames(load):
+    program = load()
+    (frame,) = images((100, 80))
+    direct = program.prepare([frame])
+    letterboxed = program.prepare_letterboxed(torch.from_numpy(direct.items), (100, 80))
+    assert program.letterbox_size == program.item_shape[:2]
+    assert letterboxed.context == direct.context
+    np.testing.assert_array_equal(letterboxed.items, direct.items)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import av
@@ -13,8 +12,10 @@ import torch
 
 from daskshare.errors import VideoError
 from daskshare.kernels.colour import yuv420_to_rgb
+from daskshare.kernels.preprocess import letterbox_host, letterbox_torch
 from daskshare.video import nvdec
 from daskshare.video.probe import probe_videos
+from daskshare.video.sessions import SessionPool
 
 X264 = "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
 DEVICE = SimpleNamespace(kind="cuda", index=0, torch_device=lambda: torch.device("cpu"))
@@ -36,11 +37,25 @@ class StandInSession:
         if packet is not None:
             copy = av.Packet(bytes(packet))
             copy.pts, packet = ticks, copy
-        surfaces = [SimpleNamespace(timestamp=f.pts, frame=f) for f in self.context.decode(packet)]
-        return [s for s in surfaces if s.timestamp not in self.drop]
+        frames = self.context.decode(packet)
+        return [(SimpleNamespace(frame=f), f.pts) for f in frames if f.pts not in self.drop]
 
-    def to_rgb(self, surface, out, conversion):
-        out.copy_(torch.from_numpy(yuv420_to_rgb(*self.planes(surface.frame), conversion)))
+    def converter(self, surface, conversion, input_size):
+        def convert(surface, batch, position):
+            out = batch[position]
+            frame = torch.from_numpy(yuv420_to_rgb(*self.planes(surface.frame), conversion))
+            if input_size is None:
+                out.copy_(frame)
+            else:
+                letterbox_torch(frame[None], out[None])
+
+        return convert
+
+    def drain(self):
+        self.context.flush_buffers()
+
+    def close(self):
+        self.context = None
 
 
 @pytest.fixture
@@ -59,9 +74,9 @@ def library(monkeypatch):
     }
     module.GetDecoderCaps = lambda **asked: module.caps
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", module)
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     yield module
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
 
 
 @pytest.fixture
@@ -69,13 +84,14 @@ def sessions(monkeypatch, clips, library):
     """Replaces the sessions; returns how they shall misbehave, and those that were made."""
     plan = SimpleNamespace(options={}, made=[])
 
-    @contextmanager
-    def session(key):
+    def make(key):
         plan.made.append(StandInSession(key, clips.planes, **plan.options))
-        yield plan.made[-1]
+        return plan.made[-1]
 
-    monkeypatch.setattr(nvdec, "_session", session)
-    return plan
+    pool = SessionPool(make, idle_seconds=1000.0)
+    monkeypatch.setattr(nvdec, "_sessions", pool)
+    yield plan
+    nvdec.close_idle_sessions()
 
 
 def frames_of(chunks, decoder="auto"):
@@ -99,7 +115,33 @@ def test_h264(name, open_gop, clips, sessions, tmp_path):
     frames, streams = frames_of(chunks)
     clips.assert_same(frames, clips.reference(path))
     assert {(s.decoder, s.decoder_note, s.problem) for s in streams} == {("nvdec", "", "")}
-    assert len(sessions.made) == len(chunks) > 1
+    assert len(chunks) > 1
+    assert len(sessions.made) == 1, "chunks one after the other use one session"
+
+
+def test_frames_come_letterboxed_where_that_is_asked_for(clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", frames=9, width=66, height=48)
+    (chunk,) = probe_videos(path)
+    with chunk.open_frames(
+        device=DEVICE, batch_frames=4, decoder="nvdec", input_size=(64, 96)
+    ) as stream:
+        batches = list(stream)
+    assert [len(batch.frames) for batch in batches] == [4, 4, 1]
+    assert {batch.source_size for batch in batches} == {(48, 66)}
+    frames = np.concatenate([np.asarray(batch.frames) for batch in batches])
+    for got, (_, rgb) in zip(frames, clips.reference(path), strict=True):
+        expected = np.empty((64, 96, 3), np.uint8)
+        letterbox_host(rgb, expected)
+        assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_rotated_frames_come_in_their_own_size(clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", frames=3, rotation=90)
+    (chunk,) = probe_videos(path)
+    with chunk.open_frames(device=DEVICE, decoder="nvdec", input_size=(64, 96)) as stream:
+        (batch,) = stream
+    assert batch.source_size is None
+    assert batch.frames.shape[1:3] == (chunk.height, chunk.width)
 
 
 @pytest.mark.parametrize("open_gop", [0, 1])
@@ -182,7 +224,7 @@ def test_refusal(written, reason, clips, sessions, tmp_path):
 def test_refusal_without_an_engine_or_a_library(clips, library, tmp_path, monkeypatch):
     (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4", frames=5))
     assert nvdec.refusal(chunk, DEVICE) == ""
-    nvdec._capabilities.cache_clear()
+    nvdec.capabilities.cache_clear()
     library.caps = {"num_decoder_engines": 0}
     assert "does not decode h264" in nvdec.refusal(chunk, DEVICE)
     monkeypatch.setitem(sys.modules, "PyNvVideoCodec", None)

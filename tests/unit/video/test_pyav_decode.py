@@ -52,6 +52,11 @@ CASES = {
         {},
         True,
     ),
+    "av1.mp4": (
+        {"codec": "libsvtav1", "options": {"preset": "12", "g": "12"}},
+        {},
+        True,
+    ),
     "hidden-frames.webm": (
         {
             "codec": "libvpx",

@@ -1,0 +1,176 @@
+"""One decoding session of a GPU's video decoder, and what such a decoder can do."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from daskshare.kernels.colour import YuvConversion, surface_to_rgb
+
+if TYPE_CHECKING:
+    import torch
+    from av.packet import Packet
+
+__all__ = ["BIT_DEPTHS", "CODECS", "NvdecFailed", "NvdecSession", "SessionKey", "capabilities"]
+
+# Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
+CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
+BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
+# Decoding waits for its copies and conversions, which are short; the network's kernels are long.
+_STREAM_PRIORITY = -1
+
+
+class NvdecFailed(Exception):
+    """NVDEC cannot go on with this chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """What a decoding session depends on; chunks with equal keys use the same ones in turn.
+
+    Parameters
+    ----------
+    device_index : int
+        CUDA ordinal in this process.
+    codec : str
+        FFmpeg's name.
+    bit_depth : int
+    width, height : int
+        Size as stored, pixels.
+    """
+
+    device_index: int
+    codec: str
+    bit_depth: int
+    width: int
+    height: int
+
+
+@functools.cache
+def capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int]:
+    import PyNvVideoCodec
+
+    return dict(
+        PyNvVideoCodec.GetDecoderCaps(
+            gpuid=device_index,
+            codec=getattr(PyNvVideoCodec.cudaVideoCodec, CODECS[codec]),
+            chromaformat=getattr(PyNvVideoCodec.cudaVideoChromaFormat, "420"),
+            bitdepth=bit_depth,
+        )
+    )
+
+
+class NvdecSession:
+    """One NVDEC session with its own CUDA stream."""
+
+    def __init__(self, key: SessionKey) -> None:
+        import cupy
+        import PyNvVideoCodec
+        import torch
+
+        self.key = key
+        self._base = self._latest = 0
+        with torch.cuda.device(key.device_index):
+            self.stream = torch.cuda.Stream(priority=_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
+            # The stream exists, so torch's (the primary) context is current in this thread.
+            self._decoder = PyNvVideoCodec.CreateDecoder(
+                gpuid=key.device_index,
+                codec=getattr(PyNvVideoCodec.cudaVideoCodec, CODECS[key.codec]),
+                cudacontext=cupy.cuda.driver.ctxGetCurrent(),
+                cudastream=self.stream.cuda_stream,
+                usedevicememory=True,
+            )
+
+    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[tuple[Any, int]]:
+        """Feed a packet (``None``: drain) with its time; returns surfaces in display order.
+
+        Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
+        the decoder at once: those that come during the next chunk are recognised and left out.
+        """
+        import PyNvVideoCodec
+
+        data = PyNvVideoCodec.PacketData()
+        if packet is not None:
+            data.bsl = packet.size
+            data.bsl_data = packet.buffer_ptr
+            data.pts = self._base + ticks
+            self._latest = max(self._latest, data.pts)
+            data.key = int(packet.is_keyframe)
+        return [
+            (surface, int(surface.timestamp) - self._base)
+            for surface in self._decoder.Decode(data)
+            if surface.timestamp >= self._base
+        ]
+
+    def converter(
+        self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
+    ) -> Callable[[Any, torch.Tensor, int], None]:
+        """Return what queues the conversion of a surface like ``surface`` into a batch's frame."""
+        import torch
+
+        luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
+        sample_bytes = 1 if self.key.bit_depth == 8 else 2
+        format_name = str(getattr(surface.format, "name", surface.format))
+        # Chroma follows luma in one allocation, which tells the distance between rows.
+        distance = chroma - luma
+        pitch, rest = divmod(distance, self.key.height)
+        expected = "NV12" if sample_bytes == 1 else "P016"
+        if format_name != expected or rest or pitch < self.key.width * sample_bytes:
+            raise NvdecFailed(
+                f"got a {format_name} surface of shape {surface.shape} with {distance} bytes "
+                f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
+            )
+        if input_size is not None:
+            from daskshare.kernels.preprocess import Letterbox
+            from daskshare.kernels.surface import SurfaceLetterbox
+
+            with torch.cuda.device(self.key.device_index):
+                to_input = SurfaceLetterbox(
+                    Letterbox(self.key.height, self.key.width, *input_size),
+                    conversion,
+                    pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    device_index=self.key.device_index,
+                    stream=self.stream.cuda_stream,
+                )
+
+        def convert(surface: Any, batch: torch.Tensor, position: int) -> None:
+            luma = int(surface.GetPtrToPlane(0))
+            # All tasks share one interpreter, and this runs for each frame: no tensor is made,
+            # and no device is set that is already current.
+            if torch.cuda.current_device() == self.key.device_index:
+                queue(luma, batch, position)
+            else:
+                with torch.cuda.device(self.key.device_index):
+                    queue(luma, batch, position)
+
+        def queue(luma: int, batch: torch.Tensor, position: int) -> None:
+            if input_size is not None:
+                frame_bytes = 3 * input_size[0] * input_size[1]
+                to_input(luma, luma + distance, batch.data_ptr() + position * frame_bytes)
+            else:
+                surface_to_rgb(
+                    luma,
+                    luma + distance,
+                    batch[position],
+                    conversion,
+                    luma_pitch_bytes=pitch,
+                    chroma_pitch_bytes=pitch,
+                    sample_bytes=sample_bytes,
+                    stream=self.stream.cuda_stream,
+                )
+
+        return convert
+
+    def drain(self) -> None:
+        """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
+        self.decode(None, 0)
+        self._base = self._latest + 1
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Give the decoder's surfaces back, after the kernels that still read them."""
+        self.stream.synchronize()
+        self._decoder = None
