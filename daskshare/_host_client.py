@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import socket
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -12,10 +10,10 @@ from typing import Any, Self
 
 from daskshare._host_address import HostAddress, local_devices
 from daskshare._host_errors import as_exception
+from daskshare._host_link import Link, Segment, SocketLink
 from daskshare._host_spec import describe
 from daskshare._host_start import connect_or_start
 from daskshare._host_values import Encoded, decode, encode
-from daskshare._host_wire import OwnSegment, receive, send
 from daskshare.config import HostOptions
 from daskshare.errors import HostError
 from daskshare.models.spec import ModelSpec
@@ -29,23 +27,12 @@ _MAX_LOSSES = 1
 _MAX_RECONNECTS = 5
 
 
-class _Segment(OwnSegment):
-    """A segment with its number and the connection that knows it."""
-
-    __slots__ = ("connection", "number")
-
-    def __init__(self, capacity_bytes: int, number: int) -> None:
-        super().__init__(capacity_bytes)
-        self.number = number
-        self.connection: socket.socket | None = None
-
-
 class _Pending:
     """A request without an answer, in the form in which it can be sent again."""
 
     __slots__ = ("body", "header", "losses", "retired", "segment")
 
-    def __init__(self, header: dict[str, Any], body: list[Any], segment: _Segment | None) -> None:
+    def __init__(self, header: dict[str, Any], body: list[Any], segment: Segment | None) -> None:
         self.header = header
         self.body = body
         self.segment = segment
@@ -95,11 +82,13 @@ class HostClient:
     allow_code : bool
         Whether this client may hand over models as pickled code.
     connect : callable, optional
-        Returns a connected socket; for tests.
+        Returns a :class:`~daskshare._host_link.Link`; default a Unix socket to the device's host.
+    address : str, optional
+        What ``connect`` connects to, for messages.
 
     Attributes
     ----------
-    address : HostAddress
+    address : HostAddress or str
         Where the host is.
     host : dict
         What it said of itself: ``pid``, ``owner`` ("process" or "worker"), ``window``.
@@ -122,20 +111,29 @@ class HostClient:
         *,
         directory: str | None = None,
         allow_code: bool = False,
-        connect: Callable[[], socket.socket] | None = None,
+        connect: Callable[[], Link] | None = None,
+        address: str | None = None,
     ) -> None:
         options = HostOptions.from_config()
-        self.address = HostAddress(device or local_devices()[0], directory)
+        self.address: HostAddress | str
+        if connect is None:
+            here = HostAddress(device or local_devices()[0], directory)
+            self.address = here
+            self._advice = f"See {here.log}."
+            connect = lambda: SocketLink(connect_or_start(here, options))  # noqa: E731
+        else:
+            self.address = address or "the host"
+            self._advice = "See the log of the process there."
         self.host: dict[str, Any] = {}
         self._allow_code = allow_code
-        self._connect_function = connect or (lambda: connect_or_start(self.address, options))
+        self._connect = connect
         self._pid = os.getpid()
-        self._connection: socket.socket | None = None
+        self._link: Link | None = None
         self._opened: dict[int, tuple[dict[str, Any], bytes]] = {}
         self._pending: dict[int, _Pending] = {}
         self._answers: dict[int, Any] = {}
         self._to_release: deque[int] = deque()
-        self._free: list[_Segment] = []
+        self._free: list[Segment] = []
         self._next = 1
         self._reconnect()
 
@@ -248,9 +246,9 @@ class HostClient:
 
     def close(self) -> None:
         """End the connection: the host drops what it still works on. Idempotent."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
         for segment in [*self._free, *(p.segment for p in self._pending.values() if p.segment)]:
             segment.close()
         self._free.clear()
@@ -269,7 +267,7 @@ class HostClient:
         return self._next
 
     def _filled(self, header: dict[str, Any], encoded: Encoded) -> _Pending:
-        if encoded.num_bytes <= _INLINE_BYTES:
+        if encoded.num_bytes <= _INLINE_BYTES or not (self._link and self._link.shares_memory):
             # Copied: it may have to be sent again after the caller has changed its arrays.
             return _Pending(header, [b"".join(bytes(piece) for piece in encoded.body())], None)
         segment = self._segment(encoded.num_bytes)
@@ -277,7 +275,7 @@ class HostClient:
         header["segment"] = segment.number
         return _Pending(header, [], segment)
 
-    def _segment(self, num_bytes: int) -> _Segment:
+    def _segment(self, num_bytes: int) -> Segment:
         self._free.sort(key=lambda segment: segment.capacity_bytes)
         for i, segment in enumerate(self._free):
             if segment.capacity_bytes >= num_bytes:
@@ -286,10 +284,10 @@ class HostClient:
             # The largest that is too small makes way, so that there are never more than requests.
             old = self._free.pop()
             old.close()
-            if old.connection is self._connection is not None:
+            if old.link is self._link is not None:
                 self._try_send(0, {"op": "drop-segment", "segment": old.number})
         # Rows come in batches of about the same size: a little more room serves the next ones too.
-        return _Segment(num_bytes + num_bytes // 4, self._number())
+        return Segment(num_bytes + num_bytes // 4, self._number())
 
     def _submit(self, pending: _Pending) -> int:
         if os.getpid() != self._pid:
@@ -298,7 +296,7 @@ class HostClient:
                 "expected one client a process. Make it after the fork.",
                 address=str(self.address),
             )
-        if self._connection is None or _has_ended(self._connection):
+        if self._link is None or self._link.has_ended():
             self._reconnect()
         while self._to_release:
             number = self._to_release.popleft()
@@ -316,19 +314,13 @@ class HostClient:
         return request
 
     def _send(self, request: int, pending: _Pending) -> None:
-        connection = self._connection
-        assert connection is not None
-        segment = pending.segment
-        if segment is not None and segment.connection is not connection:
-            announce = {"op": "segment", "segment": segment.number}
-            send(connection, 0, announce, descriptor=segment.descriptor)
-            segment.connection = connection
-        send(connection, request, pending.header, pending.body)
+        assert self._link is not None
+        self._link.send(request, pending.header, pending.body, pending.segment)
 
     def _try_send(self, request: int, header: dict[str, Any]) -> None:
-        assert self._connection is not None
+        assert self._link is not None
         try:
-            send(self._connection, request, header)
+            self._link.send(request, header)
         except OSError as error:
             self._lost(error)
 
@@ -338,40 +330,40 @@ class HostClient:
         """Take one answer in, or find out that the host is gone and begin again elsewhere."""
         if self._pending and all(pending.retired for pending in self._pending.values()):
             self._reconnect()
-        connection = self._connection
-        if connection is None:
+        link = self._link
+        if link is None:
             raise HostError(
                 f"The connection to {self.address} was closed.", address=str(self.address)
             )
         try:
-            message = receive(connection)
+            message = link.receive()
         except OSError as error:
             self._lost(error)
             return
         if message is None:
             self._lost(ConnectionError("the host closed the connection"))
             return
-        header = message.header
-        if message.request == 0:
+        request, header, body = message
+        if request == 0:
             if not header["ok"]:
                 raise as_exception(header["error"], self._where())
             return
         if header.get("retired"):
-            self._pending[message.request].retired = True
+            self._pending[request].retired = True
             return
-        pending = self._pending.pop(message.request, None)
+        pending = self._pending.pop(request, None)
         if pending is None:
             # Of a model that was opened again, about which nobody asked.
             return
         if pending.segment is not None:
             self._free.append(pending.segment)
         if header["ok"]:
-            self._answers[message.request] = decode(header["tree"], message.body)
+            self._answers[request] = decode(header["tree"], body)
         else:
-            self._answers[message.request] = as_exception(header["error"], self._where())
+            self._answers[request] = as_exception(header["error"], self._where())
 
     def _where(self) -> str:
-        return f"host {self.host.get('pid', '?')} of device {self.address.device}"
+        return f"host {self.host.get('pid', '?')} at {self.address}"
 
     # -- losing the host --
 
@@ -384,8 +376,8 @@ class HostClient:
             if pending.losses > _MAX_LOSSES:
                 del self._pending[request]
                 error = HostError(
-                    f"The host of device {self.address.device} at {self.address} ended twice "
-                    f"while it worked on this request ({cause}). See {self.address.log}.",
+                    f"The host at {self.address} ended twice "
+                    f"while it worked on this request ({cause}). {self._advice}",
                     address=str(self.address),
                 )
                 error.__cause__ = cause
@@ -396,18 +388,18 @@ class HostClient:
         """Connect, open the models again and send again what has no answer."""
         cause: BaseException | None = None
         for _ in range(_MAX_RECONNECTS):
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            self._connection = self._connect_function()
+            if self._link is not None:
+                self._link.close()
+                self._link = None
+            self._link = self._connect()
             try:
-                if not self._greet(self._connection):
+                if not self._greet(self._link):
                     continue
                 opening = {p.header["model"] for p in self._pending.values() if _opens(p)}
                 for number, (description, code) in self._opened.items():
                     if number not in opening:
                         message = _open(number, description)
-                        send(self._connection, self._number(), message, [code])
+                        self._link.send(self._number(), message, [code])
                 for request, pending in self._pending.items():
                     pending.retired = False
                     self._send(request, pending)
@@ -420,20 +412,21 @@ class HostClient:
             return
         self.close()
         raise HostError(
-            f"The host of device {self.address.device} at {self.address} ended each of "
-            f"{_MAX_RECONNECTS} times that it was connected to. See {self.address.log}.",
+            f"The host at {self.address} ended each of "
+            f"{_MAX_RECONNECTS} times that it was connected to. {self._advice}",
             address=str(self.address),
         ) from cause
 
-    def _greet(self, connection: socket.socket) -> bool:
+    def _greet(self, link: Link) -> bool:
         """Say hello; False when the host was just ending."""
-        send(connection, self._number(), {"op": "hello", "code": self._allow_code})
-        answer = receive(connection)
+        link.send(self._number(), {"op": "hello", "code": self._allow_code})
+        answer = link.receive()
         if answer is None:
             return False
-        if not answer.header["ok"]:
-            raise as_exception(answer.header["error"], f"the host at {self.address}")
-        self.host = decode(answer.header["tree"], answer.body)
+        _, header, body = answer
+        if not header["ok"]:
+            raise as_exception(header["error"], f"the host at {self.address}")
+        self.host = decode(header["tree"], body)
         return True
 
 
@@ -443,14 +436,3 @@ def _open(number: int, description: dict[str, Any]) -> dict[str, Any]:
 
 def _opens(pending: _Pending) -> bool:
     return bool(pending.header["op"] == "open")
-
-
-def _has_ended(connection: socket.socket) -> bool:
-    """Whether the peer has closed, with nothing left to read."""
-    readable, _, _ = select.select([connection], [], [], 0)
-    if not readable:
-        return False
-    try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:
-        return True

@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -110,21 +110,20 @@ class _RemotePredict:
     def __call__(self) -> Callable[..., Any]:
         models: dict[str, HostedModel] = {}
 
-        def open_model() -> HostedModel:
+        def call(arrays: Sequence[Any] | None) -> Any:
             device = task_device()
-            if device not in models:
-                shared = client_of_process(device, allow_code=True)
-                with shared.lock:
+            shared = client_of_process(device, allow_code=True)
+            with shared.lock:
+                if device not in models:
                     models[device] = shared.client.open(self._spec())
-            return models[device]
+                model = models[device]
+                return model.info["parameters"] if arrays is None else model.infer(list(arrays))
 
         def predict(*arrays: Any) -> Any:
-            model = open_model()
-            with client_of_process(model.client.address.device, allow_code=True).lock:
-                return model.infer(list(arrays))
+            return call(arrays)
 
         # pyspark counts the parameters to tell one tensor from several columns.
-        count = open_model().info["parameters"]
+        count = call(None)
         kind = inspect.Parameter.POSITIONAL_ONLY
         predict.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter(f"input{i}", kind) for i in range(count)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from daskshare import _host_address, _host_operations
+from daskshare._host_link import SocketLink
 from daskshare._host_start import connect
 from daskshare._host_wire import MAX_BODY_BYTES, OwnSegment, receive, send
 from daskshare.config import EngineOptions, HostOptions, ShareOptions
@@ -72,7 +73,9 @@ class Place:
         return found[-1]
 
     def client(self, **options):
-        client = HostClient("cpu", directory=self.folder, connect=self.connect, **options)
+        client = HostClient(
+            connect=lambda: SocketLink(self.connect()), address=str(self.address), **options
+        )
         self.stack.callback(client.close)
         return client
 

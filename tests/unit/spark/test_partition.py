@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from daskshare._host_link import SocketLink
+from daskshare._host_start import connect
 from daskshare.client import yolov3
 from daskshare.config import EngineOptions, HostOptions, ShareOptions, VideoOptions
 from daskshare.device import Device
@@ -58,11 +60,11 @@ def host(share, tmp_path, monkeypatch):
     """Lets Partition find a host in this process."""
     address = HostAddress("cpu", str(tmp_path))
     server = HostServer(address, lambda: share, options=HostOptions(), owner="worker")
-    from daskshare._host_start import connect
 
-    client = functools.partial(
-        HostClient, directory=str(tmp_path), connect=lambda: connect(address)
-    )
+    def client(device, *, allow_code):
+        link = functools.partial(connect, address)
+        return HostClient(connect=lambda: SocketLink(link()), allow_code=allow_code)
+
     monkeypatch.setattr(partition, "HostClient", client)
     monkeypatch.setattr(partition, "task_device", lambda: "cpu")
     yield server
