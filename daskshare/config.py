@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import dask.config
@@ -12,7 +12,14 @@ from dask.utils import parse_bytes, parse_timedelta
 
 from daskshare.errors import ConfigurationError
 
-__all__ = ["EngineOptions", "HostOptions", "ShareOptions", "VideoOptions", "WorkerOptions"]
+__all__ = [
+    "EngineOptions",
+    "FlightOptions",
+    "HostOptions",
+    "ShareOptions",
+    "VideoOptions",
+    "WorkerOptions",
+]
 
 
 def _load_defaults() -> None:
@@ -50,6 +57,13 @@ def _integer(name: str, *, minimum: int = 1) -> int:
     got = _get(name)
     if isinstance(got, bool) or not isinstance(got, int) or got < minimum:
         raise _fail(name, got, f"an integer >= {minimum}")
+    return got
+
+
+def _text(name: str) -> str | None:
+    got = _get(name)
+    if got is not None and (not isinstance(got, str) or not got):
+        raise _fail(name, got, "a text, or null")
     return got
 
 
@@ -271,9 +285,6 @@ class HostOptions:
         ConfigurationError
             When a value has the wrong type or is out of range.
         """
-        directory = _get("host.directory")
-        if directory is not None and (not isinstance(directory, str) or not directory):
-            raise _fail("host.directory", directory, "the path of a folder, or null")
         extensions = _get("host.extensions")
         if not isinstance(extensions, (list, tuple)) or not all(
             isinstance(name, str) for name in extensions
@@ -281,10 +292,69 @@ class HostOptions:
             raise _fail("host.extensions", extensions, "a list of names of modules")
         return cls(
             serve=_choice("host.serve", (True, False)),
-            directory=directory,
+            directory=_text("host.directory"),
             idle_timeout_seconds=_seconds("host.idle-timeout"),
             start_timeout_seconds=_seconds("host.start-timeout"),
             allow_code=_choice("host.allow-code", (True, False)),
             window=_integer("host.window"),
             extensions=tuple(extensions),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FlightOptions:
+    """How processes on other machines use the models of Dask workers.
+
+    Parameters
+    ----------
+    port : int or None
+        Of a worker's endpoint; ``None``: there is none; 0: any free one.
+    host : str or None
+        Address that it listens at; ``None``: the worker's own.
+    token : str or None
+        What clients must show.
+    tls_certificate, tls_key : str or None
+        PEM files of the endpoint.
+    tls_ca : str or None
+        PEM file by which clients know the endpoints.
+    allow_code : bool
+        Whether clients may hand over models as pickled code.
+    timeout_seconds : float
+        For finding and reaching an endpoint.
+    """
+
+    port: int | None = None
+    host: str | None = None
+    token: str | None = field(default=None, repr=False)
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    allow_code: bool = False
+    timeout_seconds: float = 5.0
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.flight`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range, or only one of certificate and key
+            is given.
+        """
+        port = None if _get("flight.port") is None else _integer("flight.port", minimum=0)
+        if port is not None and port > 65535:
+            raise _fail("flight.port", port, "a port up to 65535")
+        options = cls(
+            port=port,
+            host=_text("flight.host"),
+            token=_text("flight.token"),
+            tls_certificate=_text("flight.tls-certificate"),
+            tls_key=_text("flight.tls-key"),
+            tls_ca=_text("flight.tls-ca"),
+            allow_code=_choice("flight.allow-code", (True, False)),
+            timeout_seconds=_seconds("flight.timeout"),
+        )
+        if (options.tls_certificate is None) != (options.tls_key is None):
+            raise _fail("flight.tls-key", options.tls_key, "certificate and key, or neither")
+        return options

@@ -24,6 +24,7 @@ FLOORS: list[list[str]] = [
     ["share", "_share_*"],
     ["host", "_host_*"],
     ["streaming"],
+    ["flight"],
     ["worker_plugin"],
     ["scheduler_plugin"],
     ["client"],
