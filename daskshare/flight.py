@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import itertools
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.flight
 
 from daskshare._host_ledger import Ledger
-from daskshare._host_link import Segment
+from daskshare._host_link import Link, Segment
 from daskshare._host_session import Session
 from daskshare._host_wire import MAX_BODY_BYTES, PROTOCOL_VERSION
 from daskshare.config import FlightOptions, HostOptions
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from daskshare.share import ModelShare
 
 __all__ = ["FlightEndpoint", "connect_flight"]
+
+logger = logging.getLogger("daskshare.flight")
 
 #: A message's body is the one value of the one column; its header is the batch's metadata.
 _SCHEMA = pa.schema([("body", pa.large_binary())])
@@ -204,6 +207,7 @@ class FlightLink:
 
     def __init__(self, location: str, options: FlightOptions) -> None:
         self.location = location
+        self._unanswered: set[int] = set()
         extra: dict[str, Any] = {}
         if options.tls_ca is not None:
             extra["tls_root_certs"] = Path(options.tls_ca).read_bytes()
@@ -229,8 +233,14 @@ class FlightLink:
     def send(
         self, request: int, header: dict[str, Any], body: Any = (), segment: Segment | None = None
     ) -> None:
-        """Send a message."""
+        """Send a message; what is in a segment is copied out of it."""
+        if segment is not None:
+            # Filled for a host of this machine, which ended before it answered.
+            header = {name: value for name, value in header.items() if name != "segment"}
+            body = [segment.memory]
         batch, metadata = _pack(request, header, body)
+        if request:
+            self._unanswered.add(request)
         try:
             self._writer.write_with_metadata(batch, metadata)
         except pa.ArrowException as error:
@@ -239,7 +249,9 @@ class FlightLink:
     def receive(self) -> tuple[int, dict[str, Any], memoryview] | None:
         """Wait for an answer."""
         try:
-            return _unpack(self._reader.read_chunk())
+            message = _unpack(self._reader.read_chunk())
+            self._unanswered.discard(message[0])
+            return message
         except StopIteration:
             return None
         except pa.ArrowException as error:
@@ -251,7 +263,12 @@ class FlightLink:
 
     def close(self) -> None:
         """End the stream; what the endpoint still works on is dropped."""
-        self._reader.cancel()
+        if self._unanswered:
+            self._reader.cancel()
+        try:
+            self._writer.close()
+        except pa.ArrowException as error:
+            logger.debug("The stream to %s had ended: %s", self.location, error)
         self._client.close()
 
 
@@ -262,7 +279,11 @@ def _lost(location: str, error: pa.ArrowException) -> Exception:
 
 
 def connect_flight(
-    find: Callable[[], list[str]], name: str, *, allow_code: bool = False
+    find: Callable[[], list[str]],
+    name: str,
+    *,
+    allow_code: bool = False,
+    nearer: Callable[[], Link | None] = lambda: None,
 ) -> HostClient:
     """Return a client of one of several endpoints, which moves to another when that one ends.
 
@@ -274,6 +295,8 @@ def connect_flight(
         Of the cluster, for messages.
     allow_code : bool
         Whether this client may hand over models as pickled code.
+    nearer : callable
+        Returns a link that is better than any endpoint, or None.
 
     Raises
     ------
@@ -282,7 +305,10 @@ def connect_flight(
     """
     options = FlightOptions.from_config()
 
-    def connect() -> FlightLink:
+    def connect() -> Link:
+        link = nearer()
+        if link is not None:
+            return link
         reasons = []
         locations = find()
         for location in locations:

@@ -16,6 +16,7 @@ import filelock
 
 from daskshare._host_address import CPU, HostAddress, local_devices
 from daskshare._host_client import HostClient, HostedModel
+from daskshare._host_link import Link, SocketLink
 from daskshare._host_operations import Call, operation
 from daskshare._host_predict import PredictSpec
 from daskshare._host_server import HostServer
@@ -33,8 +34,11 @@ __all__ = [
     "HostClient",
     "HostServer",
     "HostedModel",
+    "Link",
     "PredictSpec",
+    "SocketLink",
     "WorkerHost",
+    "connect",
     "describe",
     "local_devices",
     "operation",

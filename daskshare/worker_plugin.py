@@ -12,14 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
+from distributed.comm.addressing import get_address_host
 
-from daskshare.config import EngineOptions, HostOptions, ShareOptions, WorkerOptions
+from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.errors import NotOnWorkerError
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from daskshare.flight import FlightEndpoint
     from daskshare.host import WorkerHost
     from daskshare.share import ModelShare
 
@@ -239,6 +241,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         """Start building the share; returns before it is built."""
         self._worker = worker
         self._owner = object()
+        self._flight: FlightEndpoint | None = None
         self._latest: dict[str, Any] = {}
         self._refreshing: Future[dict[str, Any]] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
@@ -250,6 +253,10 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
         self._reporter.shutdown(wait=False, cancel_futures=True)
+        if self._flight is not None:
+            # It ends with its clients' streams, which may take longer than a worker should.
+            _in_thread("daskshare-flight", self._flight.close)
+            self._flight = None
         if worker.status in (Status.closing, Status.closed, Status.failed):
             return self._close()
         # Dask replaces a plugin by teardown, then setup, in one step of the loop. Waiting for the
@@ -282,7 +289,9 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             else:
                 self._latest = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
             self._refreshing = self._reporter.submit(worker_report)
-        return self._latest
+        # Clients on other machines find the endpoints by the scheduler's copy of this.
+        flight = {} if self._flight is None else {"flight": self._flight.report()}
+        return self._latest | flight
 
     def _on_built(self, build: Future[ModelShare]) -> None:
         error = build.exception()
@@ -290,9 +299,32 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         if error is not None:
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
+        elif (reason := self._serve_flight(build.result())) is not None:
+            event = {"action": "no-flight", "reason": reason}
         # Called in the building thread, or at once when another worker of the process has built.
         self._worker.loop.add_callback(self._log_event, event)
 
     def _log_event(self, event: dict[str, str]) -> None:
         if self._worker.status not in (Status.closing, Status.closed, Status.failed):
             self._worker.log_event(PLUGIN_NAME, {**event, "worker": self._worker.address})
+
+    def _serve_flight(self, share: ModelShare) -> str | None:
+        """Start the endpoint for other machines where one is asked for; says why it failed."""
+        options = FlightOptions.from_config()
+        if options.port is None:
+            return None
+        from daskshare.flight import FlightEndpoint
+
+        try:
+            self._flight = FlightEndpoint(
+                share,
+                options,
+                HostOptions.from_config(),
+                host=get_address_host(self._worker.address),
+            )
+        except Exception as error:
+            # The worker's own tasks need no endpoint.
+            logger.exception("This worker has no Arrow Flight endpoint")
+            return f"{type(error).__name__}: {error}"
+        logger.info("Arrow Flight endpoint at %s", self._flight.location)
+        return None

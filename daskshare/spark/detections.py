@@ -31,6 +31,7 @@ def detect(
     rows_per_request: int = 16,
     requests_in_flight: int = 4,
     allow_code: bool = False,
+    scheduler: str | None = None,
 ) -> DataFrame:
     """Find objects in the videos, images or frames of a column.
 
@@ -61,6 +62,11 @@ def detect(
         Requests that a task keeps waiting; bounds its memory and keeps the GPU busy.
     allow_code : bool
         Whether the model may travel as pickled code; needed for models of your own.
+
+    scheduler : str, optional
+        Address of a Dask cluster ("tcp://10.0.0.1:8786") whose workers do the work, over Arrow
+        Flight (``daskshare.flight.port`` must be set there); a worker on the task's own machine is
+        used through shared memory. Default: the device of the task's own machine.
 
     Returns
     -------
@@ -111,6 +117,7 @@ def detect(
         rows_per_request=rows_per_request,
         requests_in_flight=requests_in_flight,
         allow_code=allow_code,
+        scheduler=scheduler,
     )
     wanted = df.select(*(df[name] for name in keys), df[input_col].alias(INPUT))
     return wanted.mapInArrow(work, schema)

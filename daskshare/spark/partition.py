@@ -30,7 +30,7 @@ class Partition:
         The detector.
     columns : Columns
         The layout.
-    input_shape, chunk_seconds, rows_per_request, requests_in_flight, allow_code
+    input_shape, chunk_seconds, rows_per_request, requests_in_flight, allow_code, scheduler
         As for :func:`daskshare.spark.detect`.
 
     Notes
@@ -50,7 +50,9 @@ class Partition:
         rows_per_request: int,
         requests_in_flight: int,
         allow_code: bool,
+        scheduler: str | None = None,
     ) -> None:
+        self._scheduler = scheduler
         self._spec = spec
         self._columns = columns
         self._input_shape = input_shape
@@ -64,9 +66,16 @@ class Partition:
         first = next(batches, None)
         if first is None:
             return
-        with HostClient(task_device(), allow_code=self._allow_code) as client:
+        with self._connect() as client:
             model = client.open(self._spec)
             yield from self._windowed(client, self._requests(client, model, first, batches))
+
+    def _connect(self) -> HostClient:
+        if self._scheduler is None:
+            return HostClient(task_device(), allow_code=self._allow_code)
+        from daskshare.spark.cluster import connect_cluster
+
+        return connect_cluster(self._scheduler, allow_code=self._allow_code)
 
     def _windowed(
         self, client: HostClient, requests: Iterator[_Waiting]
