@@ -56,10 +56,12 @@ class Encoded:
     def put(self, part: Any) -> list[int]:
         """Book room for bytes; returns offset and length."""
         length = memoryview(part).nbytes
+        if not length:
+            # Nowhere: the end of what comes before may lie beyond what is sent.
+            return [0, 0]
         offset = self.num_bytes
-        if length:
-            self.parts.append((offset, part))
-            self.num_bytes = -(-(offset + length) // _ALIGNMENT) * _ALIGNMENT
+        self.parts.append((offset, part))
+        self.num_bytes = -(-(offset + length) // _ALIGNMENT) * _ALIGNMENT
         return [offset, length]
 
 

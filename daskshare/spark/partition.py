@@ -15,7 +15,7 @@ from daskshare.models.spec import ModelSpec
 from daskshare.spark.columns import INPUT, Columns
 from daskshare.spark.connection import task_device
 
-__all__ = ["Partition"]
+__all__ = ["Partition", "binary_values"]
 
 #: A request under way, and what makes output of its answer.
 _Waiting = tuple[int, Callable[[Any], Iterator[pa.RecordBatch]]]
@@ -164,7 +164,7 @@ class Partition:
         for start in range(0, len(values), self._rows_per_request):
             part = values.slice(start, self._rows_per_request)
             some = keys.slice(start, self._rows_per_request)
-            data, lengths = _pixels(part)
+            data, lengths = binary_values(part)
             wrong = np.flatnonzero(lengths != np.prod(shape))
             if len(wrong):
                 reason = (
@@ -176,7 +176,7 @@ class Partition:
                     if place in wrong:
                         yield self._refuse(client, some, place, reason, None)
                     else:
-                        one, _ = _pixels(part.slice(place, 1))
+                        one, _ = binary_values(part.slice(place, 1))
                         yield self._frame_request(client, model, some.slice(place, 1), one)
                 continue
             yield self._frame_request(client, model, some, data)
@@ -219,13 +219,13 @@ def _finish(client: HostClient, waiting: deque[_Waiting]) -> Iterator[pa.RecordB
 
 def _bytes_of(values: pa.Array) -> dict[str, np.ndarray]:
     """A binary column's memory as it is: no image is copied one by one."""
-    data, lengths = _pixels(values)
+    data, lengths = binary_values(values)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return {"data": data, "offsets": offsets}
 
 
-def _pixels(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+def binary_values(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of a column one after the other, uint8, and how many each row has; null rows: none."""
     if values.null_count:
         empty = b"" if pa.types.is_binary(values.type) or _is_large(values.type) else []

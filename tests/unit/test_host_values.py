@@ -22,6 +22,8 @@ def through(value):
     memory = bytearray(encoded.num_bytes)
     encoded.write(memoryview(memory))
     assert memory[: len(sent)] == sent
+    # What is sent ends with the last part; there is no padding after it.
+    decode(encoded.tree, memoryview(sent))
     return decode(encoded.tree, memoryview(memory))
 
 
@@ -122,6 +124,14 @@ def test_detections_and_tables():
     assert len(through(frames[0])) == 2
     batch = pa.record_batch({"id": [1, 2], "name": ["a", None]})
     assert through(batch).equals(batch)
+
+
+def test_frames_in_which_nothing_was_found():
+    empty = Detections(
+        np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int16), ("car",)
+    )
+    assert [len(one) for one in through([empty, empty, empty])] == [0, 0, 0]
+    assert through({"a": np.arange(3), "b": np.empty(0)})["b"].shape == (0,)
 
 
 def test_what_has_an_array_is_one():

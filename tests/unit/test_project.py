@@ -155,7 +155,7 @@ def _imports(folder: str) -> set[str]:
         ("daskshare", ("base", "gpu", "spark")),
         ("plugins", ("base",)),
         ("examples", ("base", "demo")),
-        ("benchmarks", ("base", "gpu", "demo", "test")),
+        ("benchmarks", ("base", "gpu", "spark", "demo", "test")),
         ("tools", ()),
     ],
 )
