@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from daskshare.spark.detections import detect
+    from daskshare.spark.handoff import register, to_dask, to_spark
     from daskshare.spark.predict import predict_batch_udf
 
-__all__ = ["detect", "predict_batch_udf"]
+__all__ = ["detect", "predict_batch_udf", "register", "to_dask", "to_spark"]
 
 # Imported when asked for: Python workers need little of what the driver needs, and there are many.
 _HOMES = {
     "detect": "daskshare.spark.detections",
     "predict_batch_udf": "daskshare.spark.predict",
+    "register": "daskshare.spark.handoff",
+    "to_dask": "daskshare.spark.handoff",
+    "to_spark": "daskshare.spark.handoff",
 }
 
 

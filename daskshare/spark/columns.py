@@ -14,7 +14,7 @@ from daskshare.models.spec import DETECTION_COLUMNS
 if TYPE_CHECKING:
     from pyspark.sql.types import StructType
 
-__all__ = ["INPUT", "SPARK_TYPES", "Columns", "input_kind", "output_schema"]
+__all__ = ["INPUT", "SPARK_TYPES", "Columns", "input_kind", "output_schema", "spark_type"]
 
 #: Name of the input column on its way to the tasks.
 INPUT = "__daskshare_input"
@@ -171,9 +171,9 @@ def output_schema(schema: StructType, columns: Columns, input_col: str) -> Struc
             )
         out.add(schema[name])
     for name in columns.detections:
-        out.add(StructField(name, _parse(SPARK_TYPES[name])))
+        out.add(StructField(name, spark_type(SPARK_TYPES[name])))
     if columns.error is not None:
-        out.add(StructField(columns.error, _parse("string")))
+        out.add(StructField(columns.error, spark_type("string")))
     twice = sorted({name for name in out.names if out.names.count(name) > 1})
     if twice:
         raise ConfigurationError(
@@ -184,7 +184,8 @@ def output_schema(schema: StructType, columns: Columns, input_col: str) -> Struc
     return out
 
 
-def _parse(name: str) -> Any:
+def spark_type(name: str) -> Any:
+    """Spark's type of a column of detections, by its name in SQL."""
     from pyspark.sql import types
 
     kinds = {

@@ -154,7 +154,7 @@ def _imports(folder: str) -> set[str]:
     [
         ("daskshare", ("base", "gpu", "spark")),
         ("plugins", ("base",)),
-        ("examples", ("base", "demo")),
+        ("examples", ("base", "spark", "demo")),
         ("benchmarks", ("base", "gpu", "spark", "demo", "test")),
         ("tools", ()),
     ],
