@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | clean.   Needs Python 3.11 to 3.13; everything else is installed
+# make demo | test | lint | docs | bench | clean.   Needs Python 3.11 to 3.13; everything else is installed
 # into .venv on first use. Variables:
 #   PYTHON       the interpreter to build .venv from        make test PYTHON=python3.12
 #   GPU          auto (default), yes or no                  make demo GPU=no
@@ -16,9 +16,9 @@ EXTRAS ?= dev$(if $(shell command -v java),$(comma)spark)
 STAMP := $(VENV)/.installed
 # In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
 RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python
-BENCHMARKS := $(filter-out __init__ report,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out report,$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py)))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -32,6 +32,13 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Warnings are errors; the examples in the pages are run.
+docs: $(STAMP)
+	rm -rf docs/generated
+	$(RUN) -m sphinx -W --keep-going -q -d docs/_build/doctrees -b html docs docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -q -d docs/_build/doctrees -b doctest docs docs/_build/doctest
+	@echo "open docs/_build/html/index.html"
+
 bench: $(STAMP)
 	@for name in $(BENCHMARKS); do \
 		echo "== benchmarks.$$name"; \
@@ -39,7 +46,7 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) demo-output bench-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output bench-output docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/gpu.txt tools/make_venv.py

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.report import Report, argument_parser
+from daskshare.device import list_devices
 
 ENCODERS = {
     "h264": ("libx264", {"preset": "veryfast", "crf": "23", "x264-params": "keyint=50:bframes=2"}),
@@ -226,6 +227,8 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--command", action="store_true", help="also time the whole command")
     arguments = parser.parse_args()
+    if not list_devices():
+        parser.exit(0, "benchmarks.video needs an NVIDIA GPU; nothing was measured.\n")
     report = Report("video", settings={k: str(v) for k, v in vars(arguments).items()})
     for case in arguments.cases.split(","):
         codec, size = case.split("-")

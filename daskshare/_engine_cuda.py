@@ -174,9 +174,11 @@ class CudaRunner:
         return HostOutputs(structure, arrays)
 
     def install(self, compiled: Callable[[torch.Tensor], Any], batch_size: int) -> None:
+        # All graphs, as they share one pool: only whole does it give the eager passes' memory back.
         for state in self._slots:
-            for key in [k for k in state.graphs if k[1] == batch_size]:
-                del state.graphs[key]
+            state.graphs.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
         self._warm = {key for key in self._warm if key[1] != batch_size}
         self.forwards.install(compiled, batch_size)
         if self._last_group is None or not self._use_graphs or batch_size > self._max_rows:

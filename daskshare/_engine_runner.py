@@ -61,6 +61,11 @@ class Forwards:
         self._compiled = compiled
         self.compiled_size = batch_size
 
+    @property
+    def description(self) -> str:
+        """What the compiled forward pass says of itself; "" without one."""
+        return str(getattr(self._compiled, "description", ""))
+
     def remove(self) -> None:
         """Go back to the model's own forward pass."""
         self._compiled = None

@@ -27,6 +27,8 @@ class EngineStats:
         Time during which at least one batch was on the device.
     mode : {"eager", "compiled"}
         Which forward pass serves full batches.
+    compiled_as : str
+        How the compiled forward pass was made, in the model's words; "" for none.
     graphs : int
         CUDA graphs captured.
     ceiling : int
@@ -43,6 +45,7 @@ class EngineStats:
     queue_frames: int
     busy_seconds: float
     mode: str
+    compiled_as: str
     graphs: int
     ceiling: int
     errors: int

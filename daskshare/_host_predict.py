@@ -228,6 +228,7 @@ class PredictEngine:
                 graphs=0,
                 ceiling=self._max_batch_size,
                 errors=self._tally.errors,
+                compiled_as="",
                 compile_error="",
                 graph_error="",
             )

@@ -117,7 +117,10 @@ def send(
         sent = socket.send_fds(connection, [start], [descriptor])
         start = start[sent:]
     if length <= _JOIN_BYTES:
-        connection.sendall(b"".join((start, *parts)))
+        rest = b"".join((start, *parts))
+        # The descriptor took all along where there is no body; then the peer may have closed.
+        if rest:
+            connection.sendall(rest)
         return
     connection.sendall(start)
     for part in parts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from daskshare._cli_completion import complete_classes, complete_models
 from daskshare.errors import DaskshareError
 
 if TYPE_CHECKING:
@@ -62,10 +65,43 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
-def main() -> None:
-    """One copy of a model on each GPU, shared by every concurrent task of a Dask cluster."""
+# Dask's command line takes the name from here: `dask daskshare`.
+@click.group("daskshare", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the version and exit.",
+)
+@click.option("-v", "--verbose", count=True, help="Log what happens; -vv: in detail.")
+def main(verbose: int) -> None:
+    """One copy of a model on each GPU, shared by every concurrent task of a Dask cluster.
+
+    Options that have no flag are in Dask's configuration, under daskshare: a YAML file in
+    ~/.config/dask, or environment variables such as DASK_DASKSHARE__ENGINE__MAX_WAIT=2ms. Log
+    levels are there too, under logging: daskshare: debug.
+    """
+    if verbose:
+        _log_at("info" if verbose == 1 else "debug")
+
+
+def _log_at(level: str) -> None:
+    """Ask Dask's logging for daskshare's messages, here and in workers that are started here."""
+    import dask.config
+
+    # Dask's own messages stay as quiet as they are without the flag.
+    levels = {"daskshare": level, "distributed": dask.config.get("logging.distributed", "warning")}
+    for name, value in levels.items():
+        dask.config.set({f"logging.{name}": value})
+        # A worker process sets its logging up before it gets this process's configuration.
+        os.environ[f"DASK_LOGGING__{name.upper()}"] = str(value)
+    if "distributed" in sys.modules:
+        # It sets logging up when it is imported, which was too early.
+        from distributed.config import initialize_logging
+
+        initialize_logging(dask.config.config)
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
@@ -77,10 +113,16 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     return names
 
 
-@main.command()
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@main.command(short_help="Find objects in videos and write them as Parquet.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the results.")
-@click.option("--model", default=None, help="Model by name.  [default: yolov3-tiny]")
+@click.option(
+    "--model",
+    metavar="NAME",
+    default=None,
+    shell_complete=complete_models,
+    help="Model by name.  [default: yolov3-tiny]",
+)
 @click.option("--cfg", type=click.Path(), help="Darknet cfg of a network of your own.")
 @click.option("--weights", type=click.Path(), help="Its weights: Darknet or safetensors.")
 @click.option("--names", type=click.Path(), help="Its class names, one a line.")
@@ -104,7 +146,13 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Of the network.  [default: fp16 on a GPU, fp32 on a CPU]",
 )
-@click.option("--classes", callback=_names, help="Only these, such as car,bus.")
+@click.option(
+    "--classes",
+    metavar="NAME,...",
+    callback=_names,
+    shell_complete=complete_classes,
+    help="Only these, such as car,bus.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Largest batch, frames.")
 @click.option("--scheduler", metavar="ADDRESS", help="Use this Dask cluster.")
 @click.option(
@@ -150,8 +198,12 @@ def detect(
 ) -> None:
     """Find objects in videos (files, folders, globs, URLs) and write them as Parquet.
 
-    OUTPUT/detections/*.parquet gets one row a detection, OUTPUT/chunks.parquet one row a piece of
-    video. Run the same command again after an interruption: only what is missing is done.
+    The Parquet files in OUTPUT/detections get one row a detection, OUTPUT/chunks.parquet one row a
+    piece of video. Run the same command again after an interruption: only what is missing is done.
+
+    \b
+    daskshare detect cams/ -o out --classes car,bus --annotate
+    daskshare detect s3://bucket/cam.mp4 -o out --model yolov3 --scheduler tcp://10.0.0.5:8786
 
     Exit status: 0 all done; 1 an error; 2 wrong usage; 3 some pieces of video failed (the same
     command tries them again); 130 interrupted.
@@ -212,8 +264,8 @@ def detect(
         ctx.exit(EXIT_CHUNKS_FAILED)
 
 
-@main.command()
-@click.argument("name")
+@main.command(short_help="Download a model's weights.")
+@click.argument("name", shell_complete=complete_models)
 def fetch(name: str) -> None:
     """Download a model's weights (yolov3, yolov3-spp, yolov3-tiny) and print where they lie."""
     from daskshare.models.fetch import fetch as fetch_weights
@@ -221,12 +273,12 @@ def fetch(name: str) -> None:
     click.echo(str(fetch_weights(name, progress=sys.stderr.isatty())))
 
 
-@main.command()
+@main.command(short_help="Run it on a real clip and show what sharing saves.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("demo-output"),
+    default="demo-output",
     show_default=True,
     help="Folder for the results.",
 )
@@ -236,3 +288,60 @@ def demo(output: Path) -> None:
 
     with _terminate_like_interrupt():
         run_demo(output)
+
+
+@main.command(short_help="Say what this machine lacks, and the fix.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option(
+    "--require",
+    type=click.Choice(["gpu", "nvdec", "spark", "jupyter"]),
+    multiple=True,
+    help="Count its absence as an error; may be given several times.",
+)
+@click.option("--strict", is_flag=True, help="Count warnings as errors.")
+@click.option("--scheduler", metavar="ADDRESS", help="Also look at this Dask cluster's workers.")
+@click.pass_context
+def doctor(
+    ctx: click.Context, as_json: bool, require: tuple[str, ...], strict: bool, scheduler: str | None
+) -> None:
+    """Say what this machine has and what is missing, and how to correct it.
+
+    Looks at Python, versions that clash, video libraries, GPUs, driver, CuPy, NVDEC, compiler,
+    Java for Spark, Jupyter, and daskshare's configuration.
+
+    \b
+    daskshare doctor
+    daskshare doctor --require gpu --require nvdec --scheduler tcp://10.0.0.5:8786
+
+    Exit status: 0 all is well, or works with warnings; 1 something will fail; 2 wrong usage.
+    """
+    import json
+
+    from daskshare.doctor import report as reporting
+    from daskshare.doctor.checks import diagnose
+    from daskshare.doctor.findings import Status
+    from daskshare.doctor.probe import probe_machine
+
+    report = {"this machine": diagnose(probe_machine(), needs=require)}
+    if scheduler is not None:
+        from daskshare.doctor.cluster import diagnose_cluster, probe_cluster
+        from daskshare.results.connect import remote_client
+
+        with contextlib.ExitStack() as stack:
+            cluster = probe_cluster(remote_client(stack, scheduler))
+        # What is required is required of the workers.
+        report = {"this machine": diagnose(probe_machine())}
+        report |= diagnose_cluster(cluster, needs=require)
+    answer = reporting.as_json(report, strict=strict)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        colours = {Status.OK: "green", Status.WARNING: "yellow", Status.ERROR: "red"}
+        click.echo(
+            reporting.render(
+                report,
+                width=min(shutil.get_terminal_size().columns, 120),
+                style=lambda text, status: click.style(text, fg=colours.get(status)),
+            )
+        )
+    ctx.exit(answer["exit_status"])

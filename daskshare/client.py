@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from daskshare.errors import ConfigurationError, InvalidInputError, NotOnWorkerError
 from daskshare.models.spec import Detections, FrameSource, ModelSpec
 from daskshare.models.torch_model import torch_model_spec
+from daskshare.notebook import ClusterStats
+from daskshare.option_names import check_option_names
 from daskshare.scheduler_plugin import install_on_scheduler
 from daskshare.streaming import stream
 from daskshare.worker_plugin import current_task, local_share, worker_report_async
@@ -138,6 +140,12 @@ class SharedModel:
 
     def __repr__(self) -> str:
         return f"SharedModel({self.name!r}, key={self.key[:8]})"
+
+    def _repr_html_(self) -> str:
+        """Show name, key and options as a table, in notebooks."""
+        from daskshare.notebook import model_html
+
+        return model_html(self.spec)
 
 
 def _as_sources(inputs: Any) -> tuple[Iterable[FrameSource] | None, Any]:
@@ -308,7 +316,11 @@ def yolov3(
 
     Examples
     --------
-    >>> yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus"])   # doctest: +SKIP
+    >>> yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus"])
+    >>> yolo.name
+    'yolov3-tiny'
+    >>> client.submit(yolo, frames).result()                         # doctest: +SKIP
+    [Detections(...), Detections(...)]
     """
     from daskshare.models.yolov3 import yolov3_spec
 
@@ -342,13 +354,16 @@ def install(client: Client) -> Any:
     Raises
     ------
     ConfigurationError
-        When the scheduler or a worker has no daskshare.
+        When the scheduler or a worker has no daskshare, or Dask's configuration here holds an
+        option of daskshare that does not exist.
 
     Notes
     -----
     Not needed on clusters started with one of the preload scripts in ``plugins/``. Loads no model.
     """
-    return _client(client).sync(_install, client)
+    client = _client(client)
+    check_option_names()
+    return client.sync(_install, client)
 
 
 async def _install(client: Client) -> None:
@@ -372,10 +387,11 @@ def stats(client: Client) -> Any:
 
     Returns
     -------
-    dict of str to dict
-        By worker address: ``state`` ("ready", "starting", "failed" with a ``reason``, or "absent"
-        without the plugin), ``device``, ``models`` (by key, each with name, state, loads, frames,
-        batches, mean_batch_size, model_bytes), the totals of ``loads``, ``frames``, ``batches``,
+    ClusterStats
+        A dict of str to dict that notebooks show as a table. By worker address: ``state``
+        ("ready", "starting", "failed" with a ``reason``, or "absent" without the plugin),
+        ``device``, ``models`` (by key, each with name, state, loads, frames, batches,
+        mean_batch_size, model_bytes), the totals of ``loads``, ``frames``, ``batches``,
         ``mean_batch_size`` and ``model_bytes``, and ``chunks``: videos' chunks by outcome and
         decoder. Plain JSON-able data.
 
@@ -387,16 +403,18 @@ def stats(client: Client) -> Any:
     return _client(client).sync(_stats, client)
 
 
-async def _stats(client: Client) -> dict[str, dict[str, Any]]:
+async def _stats(client: Client) -> ClusterStats:
     answers = await client.run(worker_report_async, on_error="return")
-    return {
-        address: (
-            {"state": "failed", "reason": f"{type(answer).__name__}: {answer}", "models": {}}
-            if isinstance(answer, Exception)
-            else answer
-        )
-        for address, answer in answers.items()
-    }
+    return ClusterStats(
+        {
+            address: (
+                {"state": "failed", "reason": f"{type(answer).__name__}: {answer}", "models": {}}
+                if isinstance(answer, Exception)
+                else answer
+            )
+            for address, answer in answers.items()
+        }
+    )
 
 
 def _client(client: Any) -> Client:

@@ -16,6 +16,7 @@ __all__ = [
     "EngineOptions",
     "FlightOptions",
     "HostOptions",
+    "ModelsOptions",
     "ShareOptions",
     "VideoOptions",
     "WorkerOptions",
@@ -358,3 +359,28 @@ class FlightOptions:
         if (options.tls_certificate is None) != (options.tls_key is None):
             raise _fail("flight.tls-key", options.tls_key, "certificate and key, or neither")
         return options
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsOptions:
+    """How models are made fast.
+
+    Parameters
+    ----------
+    fused_kernels : {"auto", True, False}
+        What compiling means on a GPU: ``"auto"`` takes fused kernels where they can run and
+        ``torch.compile`` elsewhere; ``True`` takes nothing else; ``False`` takes ``torch.compile``.
+    """
+
+    fused_kernels: str | bool = "auto"
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.models`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        return cls(fused_kernels=_choice("models.fused-kernels", ("auto", True, False)))

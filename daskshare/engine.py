@@ -186,6 +186,7 @@ class InferenceEngine:
                 queue_frames=self._batcher.num_items,
                 busy_seconds=self._tally.busy_seconds,
                 mode="eager" if self._runner.forwards.compiled_size is None else "compiled",
+                compiled_as=self._runner.forwards.description,
                 graphs=self._runner.num_graphs,
                 ceiling=self._batcher.ceiling,
                 errors=self._tally.errors,

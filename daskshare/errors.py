@@ -26,6 +26,7 @@ __all__ = [
     "NotOnWorkerError",
     "OutOfDeviceMemoryError",
     "OutputError",
+    "PlacementError",
     "RemoteCodeError",
     "TruncatedVideoError",
     "UnreadableVideoError",
@@ -99,6 +100,10 @@ class ModelLoadError(ModelError, RuntimeError):
 
 class ModelTooLargeError(ModelError):
     """A model exceeds the device's byte budget; fields ``needed_bytes``, ``budget_bytes``."""
+
+
+class PlacementError(DaskshareError, AssertionError):
+    """The allocator's books contradict themselves; ``problems`` is a list of sentences."""
 
 
 class InferenceError(DaskshareError, RuntimeError):

@@ -278,6 +278,7 @@ class ModelShare:
     def _load_program(self, spec: ModelSpec) -> Program:
         from daskshare._engine_runner import is_out_of_memory
 
+        logger.info("Loading model %s onto %s", spec.name, self.device.name)
         while True:
             try:
                 return spec.load(self.device)

@@ -16,6 +16,7 @@ from distributed.comm.addressing import get_address_host
 
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.errors import NotOnWorkerError
+from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def _build_share(task_threads: int) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
+    check_option_names()
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)

@@ -21,7 +21,9 @@ def main() -> None:
     # On your own cluster: Client("tcp://...") instead of these two lines; the rest stays.
     with daskshare.local_cluster(threads_per_worker=4) as cluster, Client(cluster) as client:
         yolo = daskshare.yolov3("yolov3-tiny", classes=["car", "bus", "truck", "person"])
-        summary = daskshare.detect(videos, yolo, "demo-output/traffic", client=client)
+        summary = daskshare.detect(
+            videos, yolo, "demo-output/traffic", client=client, progress=sys.stderr.isatty()
+        )
     print(summary)
 
     table = read_detections(summary.output)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 #: What a machine with a GPU must have: a missing one is a failure there, not a skip.
-GPU_PACKAGES = ("cupy", "PyNvVideoCodec")
+GPU_PACKAGES = ("cupy", "PyNvVideoCodec", "cudnn")
 #: Rounding and lazily made constants of libraries; a model that stays behind is larger.
 GPU_LEAK_BYTES = 4 * 2**20
 

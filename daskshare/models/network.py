@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -237,6 +238,31 @@ class YoloNetwork(nn.Module):
         """Bytes of all weights and constants."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.buffers()).device
+
+    def first_block(self, batch: torch.Tensor) -> torch.Tensor:
+        """Output of the first layer, from uint8 frames (n, height, width, 3)."""
+        if self._first is not None:
+            return self._first(batch)
+        x = batch.permute(0, 3, 1, 2).to(self.dtype)
+        # Bytes are exact in every precision, their 255ths are not: a first convolution has the
+        # division in its kernel, which saves a pass as well.
+        if not isinstance(self.plan.layers[0], Convolutional):
+            x = x / 255
+        return self.blocks[0](x)  # type: ignore[no-any-return]
+
+    def activation(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Activation of a layer that has one, in place."""
+        name = cast(Convolutional | Shortcut, self.plan.layers[index]).activation
+
+        def activate(x: torch.Tensor) -> torch.Tensor:
+            return _activate(x, name)
+
+        return activate
+
     def predict(self, batch: torch.Tensor) -> list[Candidates]:
         """Run the trunk and decode every head.
 
@@ -250,18 +276,10 @@ class YoloNetwork(nn.Module):
         list of Candidates
             For each head all its boxes, unordered and without threshold.
         """
-        layers, start = self.plan.layers, 0
-        if self._first is not None:
-            x, start = self._first(batch), 1
-        else:
-            x = batch.permute(0, 3, 1, 2).to(self.dtype)
-        # Bytes are exact in every precision, their 255ths are not: a first convolution has the
-        # division in its kernel, which saves a pass as well.
-        if not isinstance(layers[0], Convolutional):
-            x = x / 255
-        kept: dict[int, torch.Tensor] = {} if start == 0 or 0 not in self._last_use else {0: x}
+        x = self.first_block(batch)
+        kept: dict[int, torch.Tensor] = {0: x} if 0 in self._last_use else {}
         heads = []
-        for layer, block in zip(layers[start:], self.blocks[start:], strict=True):
+        for layer, block in zip(self.plan.layers[1:], self.blocks[1:], strict=True):
             if isinstance(layer, Route):
                 parts = [kept[source] for source in layer.sources]
                 if layer.groups > 1:
@@ -272,20 +290,24 @@ class YoloNetwork(nn.Module):
                     x = x + kept[source]
                 x = _activate(x, layer.activation)
             elif isinstance(layer, Yolo):
-                heads.append(block(x))
+                heads.append(x)
             else:
                 x = block(x)
             if layer.index in self._last_use:
                 kept[layer.index] = x
             for index in [i for i in kept if self._last_use[i] <= layer.index]:
                 del kept[index]
-        return heads
+        return self.decode(heads)
 
-    def forward(self, batch: torch.Tensor) -> Candidates:
-        """Candidates of a batch of uint8 RGB frames (n, height, width, 3)."""
-        heads = self.predict(batch)
+    def decode(self, heads: list[torch.Tensor]) -> list[Candidates]:
+        """Boxes of what the heads read, (n, channels, height, width) each."""
+        blocks = [self.blocks[layer.index] for layer in self.plan.heads]
+        return [block(x) for block, x in zip(blocks, heads, strict=True)]
+
+    def candidates(self, decoded: list[Candidates]) -> Candidates:
+        """The best boxes of each frame, of all heads."""
         boxes, confidence, class_id = (
-            torch.cat(parts, dim=1) for parts in zip(*heads, strict=True)
+            torch.cat(parts, dim=1) for parts in zip(*decoded, strict=True)
         )
         wanted = confidence > self.confidence_threshold
         if self.allowed is not None:
@@ -295,6 +317,10 @@ class YoloNetwork(nn.Module):
         confidence, order = confidence.topk(self.max_candidates, dim=1)
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         return boxes, confidence, class_id.gather(1, order)
+
+    def forward(self, batch: torch.Tensor) -> Candidates:
+        """Candidates of a batch of uint8 RGB frames (n, height, width, 3)."""
+        return self.candidates(self.predict(batch))
 
 
 def _last_use(plan: NetworkPlan) -> dict[int, int]:

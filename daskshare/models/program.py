@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from daskshare.config import ModelsOptions
 from daskshare.errors import InvalidInputError
 from daskshare.kernels.postprocess import greedy_nms, greedy_nms_cuda
 from daskshare.kernels.preprocess import (
@@ -16,11 +18,14 @@ from daskshare.kernels.preprocess import (
     letterbox_host,
     letterbox_kernel,
 )
-from daskshare.models.network import YoloNetwork, compile_network
+from daskshare.models.fetch import cache_directory
+from daskshare.models.network import Candidates, YoloNetwork, compile_network
 from daskshare.models.nms import greedy_nms_host
 from daskshare.models.spec import Detections, Prepared
 
-__all__ = ["MAX_DETECTIONS", "YoloV3Program"]
+__all__ = ["MAX_DETECTIONS", "CompiledForward", "YoloV3Program"]
+
+logger = logging.getLogger(__name__)
 
 #: Most objects of a frame, those of highest confidence.
 MAX_DETECTIONS = 300
@@ -29,6 +34,34 @@ _EXPECTED = (
     "expected a uint8 RGB array of shape (frames, height, width, 3) with at least one frame, in "
     "host or GPU memory (NumPy, torch, CuPy), or a list of uint8 frames (height, width, 3)"
 )
+
+
+class CompiledForward:
+    """The fast forward pass for one batch size.
+
+    Parameters
+    ----------
+    candidates : callable
+        From uint8 frames to candidates.
+    suppress : callable
+        From candidates to the program's outputs.
+    description : str
+        For people: what runs.
+    """
+
+    def __init__(
+        self,
+        candidates: Callable[[torch.Tensor], Candidates],
+        suppress: Callable[..., dict[str, torch.Tensor]],
+        description: str,
+    ) -> None:
+        self._candidates, self._suppress = candidates, suppress
+        self.description = description
+
+    @torch.inference_mode()
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Detect in a batch, as ``forward`` does."""
+        return self._suppress(*self._candidates(batch))
 
 
 class YoloV3Program:
@@ -204,10 +237,12 @@ class YoloV3Program:
             count = (confidence > 0).sum(dim=1)
         return {"boxes": boxes, "confidence": confidence, "class_id": class_id, "count": count}
 
-    def compile(self, batch_size: int) -> Callable[[torch.Tensor], dict[str, torch.Tensor]] | None:
-        """Compile the network for ``batch_size`` and run it once; ``None`` on the CPU.
+    def compile(self, batch_size: int) -> CompiledForward | None:
+        """Make the network fast for ``batch_size`` and run it once; ``None`` on the CPU.
 
-        The suppression stays a kernel of its own behind the compiled part.
+        Fused kernels where the GPU and the installed packages have them, otherwise
+        ``torch.compile``; the result's ``description`` says which, and why. The suppression stays
+        a kernel of its own behind it.
 
         Notes
         -----
@@ -215,18 +250,45 @@ class YoloV3Program:
         """
         if not self._cuda:
             return None
-        candidates = compile_network(self._network)
-
-        @torch.inference_mode()
-        def forward(batch: torch.Tensor) -> dict[str, torch.Tensor]:
-            return self._suppress(*candidates(batch))
-
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with (
+            torch.inference_mode(),
+            torch.cuda.device(self._device),
+            torch.cuda.stream(stream),
+        ):
+            candidates, description = self._fast_candidates(batch_size)
+            forward = CompiledForward(candidates, self._suppress, description)
             shape = (batch_size, *self.letterbox_size, 3)
             forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
         stream.synchronize()
         return forward
+
+    def _fast_candidates(self, batch_size: int) -> tuple[Callable[[torch.Tensor], Candidates], str]:
+        wanted = ModelsOptions.from_config().fused_kernels
+        if wanted is False:
+            reason = "switched off by daskshare.models.fused-kernels"
+            return compile_network(self._network), f"torch.compile; no fused kernels: {reason}"
+        # Imported here: its kernels need packages that machines without a GPU lack.
+        from daskshare.models.fused_build import FusedUnavailableError, build_fused
+
+        try:
+            candidates, operations, _ = build_fused(
+                self._network, batch_size, folder=cache_directory() / "tuning"
+            )
+        except FusedUnavailableError as error:
+            if wanted is True:
+                raise
+            reason = str(error)
+            logger.info("Compiling with torch, as the fused kernels are unavailable: %s", error)
+        except Exception as error:
+            # cuDNN's package has kinds of its own, and whatever they say, there is another way.
+            if wanted is True:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("Compiling with torch, as the fused kernels failed", exc_info=error)
+        else:
+            return candidates, operations.description
+        return compile_network(self._network), f"torch.compile; no fused kernels: {reason}"
 
     def finish(self, outputs: Any, context: Sequence[Letterbox]) -> list[Detections]:
         """Detections of each frame in pixels of its source.

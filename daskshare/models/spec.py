@@ -131,7 +131,7 @@ class Program(Protocol):
         ...
 
     def forward(self, batch: torch.Tensor) -> Any:
-        """Compute a batch (n, *item_shape) on the device.
+        """Compute a batch ``(n, *item_shape)`` on the device.
 
         Returns a tensor, or a tuple, list or dict of tensors, each with n as its first axis.
         """
@@ -140,7 +140,8 @@ class Program(Protocol):
     def compile(self, batch_size: int) -> Any:
         """Return a faster callable equal to ``forward`` for batches of ``batch_size``, or ``None``.
 
-        Runs in a background thread while ``forward`` goes on serving; may take a minute.
+        Runs in a background thread while ``forward`` goes on serving; may take a minute. Its
+        attribute ``description``, where it has one, is shown in the engine's statistics.
         """
         ...
 
@@ -176,6 +177,17 @@ class Detections:
     def names(self) -> list[str]:
         """Class names of the objects, in order."""
         return [self.class_names[i] for i in self.class_id]
+
+    def _repr_html_(self) -> str:
+        """Show the objects as a table, in notebooks."""
+        from daskshare.html_repr import table
+
+        rows = [
+            [name, float(confidence), *(round(float(side), 1) for side in box)]
+            for name, confidence, box in zip(self.names(), self.confidence, self.xyxy, strict=True)
+        ]
+        title = f"{len(self):,} object{'' if len(self) == 1 else 's'}"
+        return table(title, ("class", "confidence", "x_min", "y_min", "x_max", "y_max"), rows)
 
 
 @dataclass(slots=True)

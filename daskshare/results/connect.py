@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from daskshare.errors import DaskshareError
@@ -46,6 +47,9 @@ def local_client(
         options["processes"] = False
     if threads is not None:
         options["threads_per_worker"] = threads
+    if logging.getLogger("daskshare").isEnabledFor(logging.INFO):
+        # Dask quiets the handler of a cluster of this machine, which is daskshare's too.
+        options["silence_logs"] = False
     cluster = stack.enter_context(local_cluster(**options))
     client: Client = stack.enter_context(Client(cluster, set_as_default=False))
     return client

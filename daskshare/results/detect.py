@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import time
 import uuid
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from daskshare.video.chunk import VideoChunk
 
 __all__ = ["detect", "detect_on"]
+
+logger = logging.getLogger(__name__)
 
 # Every further chunk would fail in the same way: stop instead of failing a million times.
 _FATAL = (ConfigurationError, ModelError, NotOnWorkerError, OutputError)
@@ -184,6 +187,13 @@ def detect_on(
             chunks = probing.result()
         plan = plan_run(chunks, existing, model_key=model.spec.key, decoder=options.decoder)
         folder.begin(plan.keep, work_left=bool(plan.todo))
+        logger.info(
+            "%s: %d chunks to do, %d kept of an earlier run, %d that cannot be read",
+            folder.path,
+            len(plan.todo),
+            len(plan.keep),
+            len(plan.unreadable),
+        )
         run = _Run(model, folder, options, plan)
         if plan.todo:
             run.work(connected(), progress=progress)

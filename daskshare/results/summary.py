@@ -107,6 +107,31 @@ class DetectSummary:
             )
         return text + "."
 
+    def _repr_html_(self) -> str:
+        """Show the figures as a table, in notebooks."""
+        from daskshare.html_repr import properties
+
+        found = ", ".join(f"{name} {count:,}" for name, count in self.counts_by_class.items())
+        kept = self.chunks - self.new_chunks - len(self.failed)
+        return properties(
+            f"{_plural(self.num_detections, 'detection')} in {_plural(self.frames, 'frame')} of "
+            f"{_plural(self.videos, 'video')}",
+            [
+                ("output", self.output),
+                ("found", found),
+                ("this run", _plural(self.new_frames, "frame") if self.new_chunks else None),
+                ("seconds", round(self.seconds, 1) if self.new_chunks else None),
+                ("frames/s", round(self.frames_per_second, 1) if self.new_chunks else None),
+                ("kept of an earlier run", _plural(kept, "chunk") if kept > 0 else None),
+                ("model", self.model),
+                ("sharing", self.sharing()),
+                ("decoded by", [f"{name}: {count:,}" for name, count in self.decoders.items()]),
+                ("truncated", [describe(record) for record in self.truncated[:5]] or None),
+                ("failed", [describe(record) for record in self.failed[:5]] or None),
+                ("annotated", [path.name for path in self.annotated] or None),
+            ],
+        )
+
     def __repr__(self) -> str:
         lines = [
             f"{_plural(self.frames, 'frame')} of {_plural(self.videos, 'video')}, "

@@ -341,6 +341,21 @@ def test_without_progress_nothing_is_printed(detect, videos, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_log_tells_loads_and_what_is_kept(detect, videos, caplog):
+    with caplog.at_level("INFO", logger="daskshare"):
+        count = detect(videos).chunks
+        detect(videos)
+    done = [r.getMessage() for r in caplog.records if r.name == "daskshare.results.detect"]
+    assert done[0].endswith(
+        f"{count} chunks to do, 0 kept of an earlier run, 0 that cannot be read"
+    )
+    assert done[1].endswith(
+        f"0 chunks to do, {count} kept of an earlier run, 0 that cannot be read"
+    )
+    loads = [r.getMessage() for r in caplog.records if r.name == "daskshare.share"]
+    assert [text.partition(" onto ")[0] for text in loads] == ["Loading model brightness"]
+
+
 def test_two_runs_at_once_through_one_client(client, videos, tmp_path):
     model = SharedModel(BrightnessSpec())
     summaries = {}
@@ -392,6 +407,17 @@ def wait_for_part(ended, folder):
         assert not ended()
         pause.wait(0.005)
     raise AssertionError("no part file within 90 s")
+
+
+@pytest.mark.slow
+def test_verbose_shows_the_log_of_worker_processes(tmp_path):
+    clip = make_video(tmp_path / "a.mp4", frames=10)
+    verbose = command(clip, "--output", tmp_path / "out", "--workers", 1)
+    verbose.insert(verbose.index("detect"), "-v")
+    done = subprocess.run(verbose, capture_output=True, text=True, timeout=120, check=True)
+    assert "daskshare.results.detect - INFO" in done.stderr
+    assert "daskshare.share - INFO - Loading model yolov3-tiny onto" in done.stderr
+    assert "distributed.scheduler" not in done.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from distributed import wait
 
 import daskshare
 from daskshare.client import SharedModel
-from daskshare.errors import InferenceError, ModelLoadError
+from daskshare.errors import ConfigurationError, InferenceError, ModelLoadError
 from daskshare.models.spec import DETECTION_COLUMNS, FrameBatch
 from daskshare.testing import FakeSpec
 from tests.clip import traffic_clip
@@ -110,6 +110,14 @@ def test_stats_are_of_this_moment(client):
     assert report["state"] == "ready"
     assert report["device"]["kind"] == "cpu"
     assert report["frames"] == sum(m["frames"] for m in report["models"].values())
+
+
+def test_a_misspelt_option_is_told_at_install(client):
+    with (
+        dask.config.set({"daskshare.engine.max-wiat": "1ms"}),
+        pytest.raises(ConfigurationError, match=r"Did you mean daskshare\.engine\.max-wait"),
+    ):
+        daskshare.install(client)
 
 
 def test_submit_and_map(client):

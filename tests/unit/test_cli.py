@@ -1,12 +1,20 @@
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import click
+import dask
+import dask.cli
 import pytest
 from click.testing import CliRunner
 
+import daskshare.cli
 import daskshare.results.detect
 from daskshare.cli import main
 from daskshare.errors import DaskshareError, DownloadError
@@ -182,8 +190,6 @@ def test_fetch_prints_the_path_or_the_advice(monkeypatch):
 
 
 def test_an_unreachable_scheduler_is_one_message(tmp_path, monkeypatch):
-    import dask
-
     video = tmp_path / "a.mp4"
     video.write_bytes(b"no video")
     with dask.config.set({"distributed.comm.timeouts.connect": "100ms"}):
@@ -221,3 +227,193 @@ def test_summary_claims_no_saving_where_nothing_was_shared():
     assert "would have taken" not in str(summary(concurrent_tasks=1))
     assert summary(concurrent_tasks=0, model_copies=0).sharing() == ""
     assert summary(model_copies=2).memory_saved_bytes == 70_000_000
+
+
+# -- doctor --
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Let the doctor examine a made-up machine; returns a setter."""
+    from daskshare.doctor import probe
+    from tests.unit.doctor.test_checks import CPU
+
+    def examine(found=CPU):
+        monkeypatch.setattr(probe, "probe_machine", lambda: found)
+
+    examine()
+    return examine
+
+
+def test_doctor_on_a_whole_machine(machine):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "All is well." in result.stdout
+
+
+def test_doctors_status_tells(machine):
+    assert run("doctor", "--require", "gpu").exit_code == 1
+    assert run("doctor", "--require", "gpus").exit_code == 2
+
+
+def test_doctor_as_json(machine):
+    result = run("doctor", "--json", "--require", "spark")
+    answer = json.loads(result.stdout)
+    assert (result.exit_code, answer["exit_status"], answer["status"]) == (1, 1, "error")
+    [spark] = [c for c in answer["checks"]["this machine"] if c["name"] == "Spark"]
+    assert spark["fix"] == "pip install 'daskshare[spark]'"
+
+
+def test_doctor_strict(machine):
+    from tests.unit.doctor.test_checks import CPU, change
+
+    machine(change(CPU, h264_encoder=False))
+    assert run("doctor").exit_code == 0
+    assert run("doctor", "--strict").exit_code == 1
+
+
+# -- what users of dask and git expect --
+
+
+def test_it_is_also_a_command_of_dask():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    [(name, target)] = project["project"]["entry-points"]["dask_cli"].items()
+    dask_command = click.Group("dask")
+    dask.cli._register_command_ep(dask_command, EntryPoint(name, target, "dask_cli"))
+    result = CliRunner().invoke(dask_command, ["daskshare", "detekt"])
+    assert result.exit_code == 2
+    assert "Usage: dask daskshare [OPTIONS]" in result.stderr
+    assert "Did you mean 'detect'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["detekt"], "Did you mean 'detect'"),
+        (["detect", "a.mp4", "--clases", "car"], "'--classes'"),
+        (["doctor", "--jsn"], "'--json'"),
+        (["detect", "a.mp4", "-o", "out", "--precision", "f16"], "'fp32', 'fp16', 'bf16'"),
+    ],
+)
+def test_misspelt_words_get_a_suggestion(args, said):
+    result = run(*args)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_misspelt_option_in_dasks_configuration_gets_a_suggestion(machine):
+    from daskshare.doctor.probe import _config_problems
+
+    with dask.config.set({"daskshare.engine.max-wiat": "1ms"}):
+        [problem] = _config_problems()
+    assert "Did you mean daskshare.engine.max-wait?" in problem
+
+
+def test_every_command_and_option_has_a_help_text():
+    for name, command in main.commands.items():
+        assert command.help, name
+        assert len(command.get_short_help_str(limit=60)) < 60, name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts}"
+
+
+def complete(*words):
+    from click.shell_completion import ShellComplete
+
+    *args, incomplete = words
+    offered = ShellComplete(main, {}, "daskshare", "_DASKSHARE_COMPLETE").get_completions(
+        args, incomplete
+    )
+    return [item.value for item in offered]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["de"], ["demo", "detect"]),
+        (["detect", "--conf"], ["--confidence"]),
+        (["detect", "--precision", "f"], ["fp32", "fp16"]),
+        (["detect", "--model", "yolov3-"], ["yolov3-spp", "yolov3-tiny"]),
+        (["fetch", "yolov3-t"], ["yolov3-tiny"]),
+        (["detect", "--classes", "tra"], ["traffic light", "train"]),
+        (
+            ["detect", "--classes", "car,bus,tr"],
+            ["car,bus,truck", "car,bus,train", "car,bus,traffic light"],
+        ),
+        (["detect", "--classes", "truck,tr"], ["truck,train", "truck,traffic light"]),
+        (["detect", "--names", "/no/such/file", "--classes", "c"], []),
+        (["doctor", "--require", "nv"], ["nvdec"]),
+    ],
+)
+def test_completions(words, expected):
+    assert sorted(complete(*words)) == sorted(expected)
+
+
+@pytest.mark.parametrize("words", [[], ["--cfg"], ["a.mp4", "--weights"], ["--output"]])
+def test_the_shell_completes_files_where_files_are_meant(words):
+    from click.shell_completion import ShellComplete
+
+    shell = ShellComplete(main, {}, "daskshare", "_DASKSHARE_COMPLETE")
+    [offered] = shell.get_completions(["detect", *words], "cams/")
+    assert offered.type == "file"
+
+
+def test_classes_of_an_own_network_are_completed(tmp_path):
+    names = tmp_path / "own.names"
+    names.write_text("lorry\nloader\n\ntram\n")
+    assert complete("detect", "--names", str(names), "--classes", "lo") == ["lorry", "loader"]
+
+
+def test_the_shells_script_is_clicks_own():
+    done = subprocess.run(
+        [sys.executable, "-c", "from daskshare.cli import main; main(prog_name='daskshare')"],
+        env={**os.environ, "_DASKSHARE_COMPLETE": "zsh_source"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "#compdef daskshare" in done.stdout
+
+
+LEVELS = (
+    "import logging, distributed, daskshare\n"
+    "logger = logging.getLogger('daskshare.engine')\n"
+    "print(logging.getLevelName(logger.getEffectiveLevel()))\n"
+    "logger.info('seen'); logger.debug('unseen')\n"
+)
+
+
+def test_dasks_configuration_sets_the_log_level():
+    done = subprocess.run(
+        [sys.executable, "-c", LEVELS],
+        env={**os.environ, "DASK_LOGGING__DASKSHARE": "info"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "INFO\n"
+    assert "daskshare.engine - INFO - seen" in done.stderr
+    assert "unseen" not in done.stderr
+
+
+@pytest.mark.parametrize(("flag", "level"), [("-v", "INFO"), ("-vv", "DEBUG")])
+@pytest.mark.parametrize("early", ["", "import distributed\n"])
+def test_verbose_is_dasks_log_level(flag, level, early):
+    code = (
+        f"{early}from daskshare.cli import main\n"
+        f"main([{flag!r}, 'fetch', 'yolov3-tiny'], standalone_mode=False)\n{LEVELS}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == level
+
+
+def test_all_loggers_are_in_the_packages_tree():
+    package = Path(daskshare.cli.__file__).parent
+    for path in package.rglob("*.py"):
+        for name in re.findall(r"getLogger\(([^)]*)\)", path.read_text("utf-8")):
+            assert name == "__name__" or name.strip("\"'").split(".")[0] == "daskshare", path

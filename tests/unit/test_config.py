@@ -69,6 +69,8 @@ BAD = [
     ("video.frames-per-request", 0),
     ("video.requests-in-flight", 1.5),
     ("video.decoder", "ffmpeg"),
+    ("models.fused-kernels", "torch"),
+    ("models.fused-kernels", None),
 ]
 
 GOOD = [
@@ -88,6 +90,8 @@ GOOD = [
     ("share.close-timeout", "1 minute", "close_timeout_seconds", 60.0),
     ("video.chunk-duration", "1.5h", "chunk_seconds", 5400.0),
     ("video.decoder", "pyav", "decoder", "pyav"),
+    ("models.fused-kernels", "auto", "fused_kernels", "auto"),
+    ("models.fused-kernels", False, "fused_kernels", False),
 ]
 
 

@@ -542,6 +542,7 @@ def test_eager_until_compiled(start):
             return batch + 1
 
         assert batch_size == 8
+        forward.description = "made by hand"
         return forward
 
     program = FakeProgram(batch_sizes=(4, 8))
@@ -549,10 +550,10 @@ def test_eager_until_compiled(start):
     engine, _ = start(program, compile=True)
     assert not engine.wait_compiled(0.0)
     np.testing.assert_array_equal(result(submit(engine, 1)), items(2))
-    assert engine.stats().mode == "eager"
+    assert (engine.stats().mode, engine.stats().compiled_as) == ("eager", "")
     release.set()
     assert engine.wait_compiled(TIMEOUT)
-    assert engine.stats().mode == "compiled"
+    assert (engine.stats().mode, engine.stats().compiled_as) == ("compiled", "made by hand")
     eager = len(program.batches)
     np.testing.assert_array_equal(result(submit(engine, *range(8))), items(*range(1, 9)))
     result(submit(engine, 1))

@@ -111,7 +111,7 @@ def test_cuda_of_cupy_dask_cuda_and_conda_agree():
     assert environment()[0]["cuda-version"] == SpecifierSet("==13.*")
 
 
-ON_LINUX = {"torch", "dask-cuda", "cupy-cuda13x", "nvidia-ml-py", "triton"}
+ON_LINUX = {"torch", "dask-cuda", "cupy-cuda13x", "nvidia-ml-py", "nvidia-cudnn-frontend", "triton"}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -170,7 +170,7 @@ def test_every_import_is_a_declared_dependency(folder, extras):
 def test_constraints_pin_every_requirement_to_a_version_it_accepts():
     cpu, gpu = constraints("cpu.txt"), constraints("gpu.txt")
     assert not cpu.keys() & gpu.keys()
-    for name, requirement in pyproject("base", "spark", "demo", "test", "dev").items():
+    for name, requirement in pyproject("base", "spark", "demo", "docs", "test", "dev").items():
         if name != "daskshare":
             assert cpu[name] in requirement.specifier, name
     for name, requirement in pyproject("gpu").items():
@@ -229,11 +229,11 @@ def test_make_targets_and_options_in_the_pages_exist(page):
         assert target in targets, f"{page.name} names make {target}"
 
 
-def test_ci_runs_tests_demo_and_lint():
+def test_ci_runs_tests_demo_docs_and_lint():
     text = (ROOT / ".ci" / "run").read_text("utf-8")
     assert "set -euo pipefail" in text
     steps = re.findall(r"^step (\w+) (.*)$", text, re.MULTILINE)
-    assert [name for name, _ in steps] == ["packages", "install", "test", "demo", "lint"]
+    assert [name for name, _ in steps] == ["packages", "install", "test", "demo", "docs", "lint"]
     assert dict(steps)["test"] == "make test"
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)

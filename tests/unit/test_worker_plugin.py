@@ -7,13 +7,15 @@ import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import dask
 import pytest
 
 import daskshare.worker_plugin
-from daskshare.errors import NotOnWorkerError
+from daskshare.errors import ConfigurationError, NotOnWorkerError
 from daskshare.worker_plugin import (
     PLUGIN_NAME,
     DaskshareWorkerPlugin,
+    _build_share,
     _ProcessShare,
     current_task,
     local_share,
@@ -56,6 +58,14 @@ def built(monkeypatch):
 
 def process_share():
     return daskshare.worker_plugin._process_share
+
+
+def test_a_misspelt_option_stops_the_building_of_a_share():
+    with (
+        dask.config.set({"daskshare.share.memory-limt": 0.5}),
+        pytest.raises(ConfigurationError, match=r"Did you mean daskshare\.share\.memory-limit"),
+    ):
+        _build_share(1)
 
 
 def test_owners_share_and_the_last_one_closes(built):

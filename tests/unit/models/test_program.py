@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import dask.config
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from daskshare.device import Device
 from daskshare.errors import InvalidInputError
 from daskshare.kernels.preprocess import Letterbox, letterbox_host
+from daskshare.models.fused_build import FusedUnavailableError
 from daskshare.models.spec import Program
 from daskshare.models.yolov3 import yolov3_spec
 from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
@@ -202,3 +204,29 @@ def test_frames_that_a_decoder_letterboxed_map_back_to_its_frames(load):
     assert program.letterbox_size == program.item_shape[:2]
     assert letterboxed.context == direct.context
     np.testing.assert_array_equal(letterboxed.items, direct.items)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FusedUnavailableError("needs a newer GPU"), "needs a newer GPU"),
+        (RuntimeError("no such symbol"), "RuntimeError: no such symbol"),
+    ],
+)
+def test_torch_compiles_where_fused_kernels_do_not_work(load, monkeypatch, error, reason):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("daskshare.models.fused_build.build_fused", fail)
+    monkeypatch.setattr("daskshare.models.program.compile_network", lambda network: network)
+    program = load()
+    candidates, description = program._fast_candidates(4)
+    assert candidates is program._network
+    assert description == f"torch.compile; no fused kernels: {reason}"
+    with (
+        dask.config.set({"daskshare.models.fused-kernels": True}),
+        pytest.raises(type(error), match=str(error)),
+    ):
+        program._fast_candidates(4)
+    with dask.config.set({"daskshare.models.fused-kernels": False}):
+        assert "switched off" in program._fast_candidates(4)[1]

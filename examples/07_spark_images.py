@@ -1,6 +1,6 @@
 """A Spark job that looks at images and at rows of its own, with one model for all its tasks.
 
-    python examples/03_spark_images.py [FOLDER]
+    python examples/07_spark_images.py [FOLDER]
 
 Needs Java and pip install 'daskshare[spark]'; no Dask cluster. Without a folder it takes frames
 of the demo's clip. The line that an existing Spark job changes is the import of predict_batch_udf.

@@ -1,6 +1,6 @@
 """An existing Spark job that lists and filters videos, Dask that looks at them, Spark SQL again.
 
-    python examples/04_spark_and_dask.py [VIDEO ...]
+    python examples/08_spark_and_dask.py [VIDEO ...]
 
 Needs Java and pip install 'daskshare[spark]'. Without arguments it takes the demo's clip. Only
 paths go from Spark to Dask and only Parquet files come back, so that nothing large passes through

@@ -1,0 +1,270 @@
+"""Which device holds which model and which task runs where: events in, decisions out.
+
+Pure: no clock, no threads, no torch, no Dask. docs/placement.md explains the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any
+
+from daskshare._placement_books import UNRESTRICTED, Signature, Task
+from daskshare._placement_check import explain, problems, snapshot
+from daskshare._placement_types import (
+    Decision,
+    Dispatch,
+    Fail,
+    Load,
+    PlacementOptions,
+    Unload,
+)
+from daskshare._placement_workers import WorkerEvents
+from daskshare.errors import InvalidInputError, PlacementError
+
+__all__ = ["Decision", "Dispatch", "Fail", "GpuPool", "Load", "PlacementOptions", "Unload"]
+
+
+class GpuPool(WorkerEvents):
+    """All devices of a cluster, the models on them and the tasks that want them.
+
+    Tell it what happens through its methods, then call :meth:`decide` and carry out what it
+    returns, in order. A task that needs a model goes to the device that will finish it first,
+    counting what is in flight there and how fast the device runs that model. Each worker holds a
+    bounded number of tasks; the rest waits here, so that every decision is made with what is
+    known when a slot opens. Models take turns on a worker. Which model belongs on which device
+    is looked at now and then, and follows the backlog.
+
+    Parameters
+    ----------
+    options : PlacementOptions, optional
+        How models are placed; the defaults when left out.
+
+    Notes
+    -----
+    Not thread-safe. In a Dask cluster everything here runs on the scheduler's event loop.
+    Deterministic: equal calls give equal decisions. ``now_seconds`` is any clock that does not
+    go backwards; an earlier time counts as the latest one seen.
+    """
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._books.tasks
+
+    def __len__(self) -> int:
+        return len(self._books.tasks)
+
+    # -- tasks --
+
+    def add_task(
+        self,
+        key: Hashable,
+        model_key: str,
+        *,
+        priority: Any = (0,),
+        frames: float | None = None,
+        workers: Collection[str] | None = None,
+        resources: Mapping[str, float] | None = None,
+        dependency_bytes: Mapping[str, int] | None = None,
+        alone: bool = False,
+        now_seconds: float,
+    ) -> None:
+        """Take in a task that is ready to run.
+
+        Parameters
+        ----------
+        key : hashable
+            Its key; not among the tasks that wait or are in flight.
+        model_key : str
+            The registered model that it needs.
+        priority : tuple
+            Orders the tasks of a model, the smallest first; Dask's own tuple.
+        frames : float, optional
+            Its work; the mean of the model's tasks when unknown.
+        workers : collection of str, optional
+            Addresses that it may run on, connected or not; None or empty: any.
+        resources : mapping of str to float, optional
+            What it reserves of a worker's resources while in flight.
+        dependency_bytes : mapping of str to int, optional
+            By worker address: bytes of its input that lie there.
+        alone : bool
+            Whether nothing else may be in flight on its worker: for a task that is suspected of
+            killing workers. A worker is emptied for it when all are busy.
+        now_seconds : float
+            The time.
+
+        Raises
+        ------
+        InvalidInputError
+            When the key is known, the model is not, or ``frames`` is no number >= 0.
+        """
+        books = self._books
+        if key in books.tasks or (frames is not None and not 0 <= frames < math.inf):
+            raise InvalidInputError(
+                f"Got task {key!r} of {frames} frames; expected a key that is not in the pool "
+                "and a number of frames >= 0 or None. Forget or lose the task first."
+            )
+        model = self._resolve(self._model(model_key))
+        self._at(now_seconds)
+        if frames is not None:
+            frames = max(1.0, float(frames))
+            model.frames_count = min(model.frames_count + 1, 1000)
+            model.frames_mean += (frames - model.frames_mean) / model.frames_count
+        task = Task(key, model, priority, frames)
+        if dependency_bytes:
+            task.dependencies = dict(dependency_bytes)
+        signature = UNRESTRICTED
+        if workers or resources or alone:
+            signature = Signature(
+                frozenset(workers) if workers else None,
+                tuple(sorted(resources.items())) if resources else (),
+                alone,
+            )
+        books.tasks[key] = task
+        books.enqueue(task, signature)
+        if now_seconds < model.failed_until_seconds and not model.replicas:
+            self._planner.failing[model] = None
+        elif not model.replicas and model.num_waiting == 1:
+            self._planner.urgent = True
+
+    def finish_task(self, key: Hashable, *, ok: bool = True, now_seconds: float) -> bool:
+        """Say that a task is done, well or badly.
+
+        Parameters
+        ----------
+        key : hashable
+            The task.
+        ok : bool
+            Whether it succeeded; only then its duration says how fast the device is.
+        now_seconds : float
+            The time.
+
+        Returns
+        -------
+        bool
+            False when the pool does not know it.
+        """
+        task = self._books.tasks.get(key)
+        if ok and task is not None and task.replica is not None:
+            self._books.observe(task, self._at(now_seconds))
+        return self.forget_task(key, now_seconds=now_seconds)
+
+    def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
+        """Take a task out, wherever it is: cancelled, released.
+
+        Parameters
+        ----------
+        key : hashable
+            The task.
+        now_seconds : float
+            The time.
+
+        Returns
+        -------
+        bool
+            False when the pool does not know it.
+        """
+        task = self._books.tasks.pop(key, None)
+        if task is None:
+            return False
+        now = self._at(now_seconds)
+        if task.replica is None:
+            self._books.dequeue(task)
+        else:
+            self._books.release(task, now)
+        return True
+
+    def lose_task(self, key: Hashable, *, now_seconds: float) -> bool:
+        """Let a task that was in flight wait again; it goes before others of its priority.
+
+        Parameters
+        ----------
+        key : hashable
+            The task; one that waits already stays as it is.
+        now_seconds : float
+            The time.
+
+        Returns
+        -------
+        bool
+            False when the pool does not know it.
+        """
+        task = self._books.tasks.get(key)
+        if task is None:
+            return False
+        now = self._at(now_seconds)
+        if task.replica is not None:
+            self._books.release(task, now)
+            self._requeue(task)
+        return True
+
+    # -- decisions --
+
+    def decide(self, now_seconds: float) -> list[Decision]:
+        """Return what to do now, in order; the books count it as begun.
+
+        Parameters
+        ----------
+        now_seconds : float
+            The time.
+        """
+        unsettled = self._planner.unsettled
+        now = self._at(now_seconds)
+        self._planner.unsettled = unsettled
+        out: list[Decision] = list(self._books.dispatch(now))
+        self._planner.plan(now)
+        if self._rooms.decisions:
+            out += self._rooms.decisions
+            self._rooms.decisions.clear()
+        out += self._books.dispatch(now)
+        return out
+
+    def next_wake_seconds(self) -> float | None:
+        """Time at which to call :meth:`decide` though nothing happens; None: no need."""
+        return self._planner.wake_seconds()
+
+    # -- looking --
+
+    def busy_workers(self) -> set[str]:
+        """Addresses of workers with tasks in flight or a model on its way."""
+        return {
+            address
+            for address, worker in self._books.workers.items()
+            if worker.in_flight or any(r.state == "loading" for r in worker.replicas.values())
+        }
+
+    def why(self, key: Hashable) -> str:
+        """Say in one sentence why a task waits, or where it runs and why there.
+
+        Parameters
+        ----------
+        key : hashable
+            The task.
+        """
+        return explain(self._books, key, self._now_seconds)
+
+    def validate(self) -> None:
+        """Check every invariant of the books, in time proportional to all tasks.
+
+        Raises
+        ------
+        PlacementError
+            With a sentence for each contradiction in ``problems``.
+        """
+        found = problems(self._books)
+        if found:
+            raise PlacementError(
+                f"The allocator's books are wrong in {len(found)} ways: {'; '.join(found[:5])}. "
+                "Expected none: this is a bug in daskshare.placement; report it with the events "
+                "before.",
+                problems=found,
+            )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return models, devices, workers and counts as plain values that JSON can hold."""
+        counts = {
+            "dispatched": self._books.num_dispatched,
+            "loads": self._rooms.num_loads,
+            "unloads": self._rooms.num_unloads,
+            "looks": self._planner.num_looks,
+        }
+        return snapshot(self._books, counts)
