@@ -29,7 +29,7 @@ OPTIONS = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "64",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
-    "spark.python.worker.faulthandler.enabled": "true",
+    "spark.python.daemon.module": "tests.spark.daemon",
 }
 
 
