@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 GPU ?= auto
 # Without Java there is no Spark, and pyspark is 400 MB.
 comma := ,
-EXTRAS ?= dev$(if $(shell command -v java),$(comma)spark)
+EXTRAS ?= dev$(if $(shell command -v java),$(comma)spark-connect)
 STAMP := $(VENV)/.installed
 # In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
 RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python

@@ -5,8 +5,8 @@ A test that fails a task on purpose ends its worker; importing pandas anew took 
 
 import pandas  # noqa: F401
 import pyarrow  # noqa: F401
-import pyspark.ml.functions  # noqa: F401
-import pyspark.sql.pandas.serializers  # noqa: F401
+import pyspark.ml.functions
+import pyspark.sql.pandas.serializers
 import pyspark.worker  # noqa: F401
 from pyspark.daemon import manager
 
