@@ -46,12 +46,13 @@ def main() -> None:
         .getOrCreate()
     )
     images = spark.read.format("binaryFile").load(folder.absolute().as_uri())
+    images = images.withColumn("image", F.element_at(F.split("path", "/"), -1))
 
-    found = detect(images, "yolov3-tiny", input_col="content", key_cols=["path"])
-    found.groupBy("path", "class_name").count().orderBy("path", F.desc("count")).show(20, 60)
+    found = detect(images, "yolov3-tiny", input_col="content", key_cols=["image"])
+    found.groupBy("image", "class_name").count().orderBy("image", F.desc("count")).show()
 
     mean_byte = predict_batch_udf(make_brightness, return_type=FloatType(), batch_size=16)
-    images.select("path", mean_byte("content").alias("mean_byte")).orderBy("path").show(20, 60)
+    images.select("image", mean_byte("content").alias("mean_byte")).orderBy("image").show()
     spark.stop()
 
 

@@ -40,5 +40,4 @@ def test_predict_detect_and_the_source_through_spark_connect(host_folder, tmp_pa
         "hosts": 1,
         "ids": [0, 1, 2, 3, 4, 5],
         "images": 6,
-        "same": True,
     }
