@@ -46,7 +46,7 @@ bench: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) demo-output bench-output docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-output bench-output test-output docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/gpu.txt tools/make_venv.py

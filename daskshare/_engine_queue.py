@@ -115,6 +115,11 @@ class RequestQueue:
         self.room_made()
         return segments, cast("Group", batch.group)
 
+    def age_seconds(self) -> float:
+        """Tell how long the oldest waiting item has waited; 0.0 when none; under the lock."""
+        oldest_seconds = self.batcher.oldest_seconds()
+        return 0.0 if oldest_seconds is None else max(0.0, time.monotonic() - oldest_seconds)
+
     def items_done(self, segment: Segment) -> None:
         """Give back what a segment's items took; under the lock."""
         self._count_down(segment.piece, segment.num_items)

@@ -23,6 +23,8 @@ class EngineStats:
         How many batches held how many items (padding not counted).
     queue_frames : int
         Items that wait now.
+    queue_age_seconds : float
+        How long the oldest of them has waited; 0.0 when none waits.
     busy_seconds : float
         Time during which at least one batch was on the device.
     mode : {"eager", "compiled"}
@@ -43,6 +45,7 @@ class EngineStats:
     batches: int
     batch_size_counts: dict[int, int]
     queue_frames: int
+    queue_age_seconds: float
     busy_seconds: float
     mode: str
     compiled_as: str

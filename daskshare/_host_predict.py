@@ -136,6 +136,7 @@ class _Call:
     inputs: tuple[np.ndarray, ...]
     rows: int
     group: Hashable
+    arrived_seconds: float
     done: Future[Any] = field(default_factory=Future)
 
 
@@ -207,7 +208,7 @@ class PredictEngine:
                 model=self.name,
             )
         group = tuple((array.dtype.str, array.shape[1:]) for array in arrays)
-        call = _Call(arrays, lengths[0], group)
+        call = _Call(arrays, lengths[0], group, time.monotonic())
         with self._lock:
             if self._closing:
                 raise self._closed()
@@ -218,7 +219,9 @@ class PredictEngine:
     def stats(self) -> EngineStats:
         """Say what was done so far; ``frames`` are rows."""
         with self._lock:
+            oldest = self._waiting[0].arrived_seconds if self._waiting else None
             return EngineStats(
+                queue_age_seconds=0.0 if oldest is None else time.monotonic() - oldest,
                 frames=self._tally.frames,
                 batches=self._tally.batches,
                 batch_size_counts=dict(sorted(self._tally.sizes.items())),

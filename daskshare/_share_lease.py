@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from daskshare._engine_activity import DeviceActivity, Switch
 from daskshare.errors import DaskshareError, EngineClosedError
 from daskshare.models.spec import ModelSpec, Prepared, Program
 
@@ -40,6 +42,16 @@ class ModelStats:
         Since the first load.
     mean_batch_size : float
         Frames in a batch on average.
+    batch_size_counts : dict of int to int
+        How many batches held how many frames, since the first load.
+    busy_seconds : float
+        Time with at least one of its batches on the device, since the first load.
+    errors : int
+        Requests that failed, since the first load.
+    peak_leases : int
+        Most users at once so far.
+    load_error : str
+        Why it is not loaded, when the last attempt failed; "" otherwise.
     rebuilds : int
         How often its engine died and was started anew.
     engine : EngineStats or None
@@ -55,6 +67,11 @@ class ModelStats:
     frames: int
     batches: int
     mean_batch_size: float
+    batch_size_counts: dict[int, int]
+    busy_seconds: float
+    errors: int
+    peak_leases: int
+    load_error: str
     rebuilds: int
     engine: EngineStats | None
 
@@ -79,20 +96,28 @@ class Entry:
         self.program: Program | None = None
         self.engine: InferenceEngine | None = None
         self.engine_lock = threading.Lock()
-        self.leases = 0
+        self.leases = self.peak_leases = 0
         self.reserved_bytes = 0
         self.last_used = 0
-        self.loads = self.rebuilds = self.past_frames = self.past_batches = 0
+        self.loads = self.rebuilds = 0
+        self.past_frames = self.past_batches = self.past_errors = 0
+        self.past_busy_seconds = 0.0
+        self.past_sizes: Counter[int] = Counter()
 
     def retire_engine(self, last: EngineStats) -> None:
         """Take the engine off and keep its counts; under the share's lock."""
         self.engine = None
         self.past_frames += last.frames
         self.past_batches += last.batches
+        self.past_errors += last.errors
+        self.past_busy_seconds += last.busy_seconds
+        self.past_sizes.update(last.batch_size_counts)
 
 
 class LeaseOwner(Protocol):
     """What a lease needs of the share that gave it."""
+
+    activity: DeviceActivity
 
     def give_back(self, entry: Entry) -> None: ...
 
@@ -146,6 +171,10 @@ class Lease:
         if not self._end.alive:
             raise not_held(self._entry)
         return self._share.living_engine(self._entry)
+
+    def decoding(self) -> Switch:
+        """Return what to set while the caller decodes video for the model."""
+        return Switch(self._share.activity, "decoding")
 
     def infer(self, inputs: Any, task: Hashable = None) -> Any:
         """Run the model on inputs; see :meth:`InferenceEngine.infer`."""

@@ -328,6 +328,10 @@ class DynamicBatcher:
         self._drop_if_empty(chosen)
         return Batch(tuple(parts), num_items, self.padded_size(num_items), chosen)
 
+    def oldest_seconds(self) -> float | None:
+        """Time at which the oldest waiting item came; None when nothing waits."""
+        return min((group.oldest_seconds() for group in self._groups.values()), default=None)
+
     def deadline(self) -> float | None:
         """Time from which a batch is due though nothing else comes; None when nothing waits.
 

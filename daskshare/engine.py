@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from daskshare._engine_activity import DeviceActivity, Switch
 from daskshare._engine_cuda import CudaRunner
 from daskshare._engine_input import as_items, group_of, without_rows
 from daskshare._engine_queue import RequestQueue
@@ -53,6 +54,8 @@ class InferenceEngine:
         How to batch and run.
     name : str
         For people: in messages and names of threads.
+    activity : DeviceActivity or None
+        Told when batches are on the device.
 
     Notes
     -----
@@ -62,7 +65,13 @@ class InferenceEngine:
     """
 
     def __init__(
-        self, program: Program, device: Device, *, options: EngineOptions, name: str
+        self,
+        program: Program,
+        device: Device,
+        *,
+        options: EngineOptions,
+        name: str,
+        activity: DeviceActivity | None = None,
     ) -> None:
         self.name = name
         self.program = program
@@ -93,12 +102,14 @@ class InferenceEngine:
         self._lock = self._queue.lock
         self._work = self._queue.work
         self._flying = threading.Condition(self._lock)
+        self._num_slots = options.slots
         self._free_slots = deque(range(options.slots))
         self._flights: deque[Flight] = deque()
         self._closing = self._abandoned = self._launching_ended = False
         self._dead: BaseException | None = None
 
         self._tally = Tally()
+        self._busy = Switch(activity, "busy")
 
         self._compiled: _Forward | None = None
         self._compile_error = ""
@@ -184,6 +195,7 @@ class InferenceEngine:
                 batches=self._tally.batches,
                 batch_size_counts=dict(sorted(self._tally.sizes.items())),
                 queue_frames=self._batcher.num_items,
+                queue_age_seconds=self._queue.age_seconds(),
                 busy_seconds=self._tally.busy_seconds,
                 mode="eager" if self._runner.forwards.compiled_size is None else "compiled",
                 compiled_as=self._runner.forwards.description,
@@ -224,6 +236,7 @@ class InferenceEngine:
             thread.join(min(_COMPILER_GRACE_SECONDS, max(0.0, deadline - time.monotonic())))
         with self._lock:
             self._abandoned = True
+            self._busy.retire()
             self._work.notify_all()
             left = list(self._queue.requests)
         for request in left:
@@ -288,6 +301,7 @@ class InferenceEngine:
                     if taken is not None and taken[0]:
                         num_items = sum(segment.num_items for segment in taken[0])
                         padded_size = self._batcher.padded_size(num_items)
+                        self._busy.set(True)
                         return self._free_slots.popleft(), *taken, num_items, padded_size
                     if taken is not None:
                         continue
@@ -320,7 +334,7 @@ class InferenceEngine:
         except Exception as error:
             self._recover(segments, group, padded_size, error)
             with self._lock:
-                self._free_slots.append(slot)
+                self._free_slot(slot)
             return
         flight.launched_seconds = launched_seconds
         with self._lock:
@@ -412,12 +426,16 @@ class InferenceEngine:
                 for segment in segments:
                     self._queue.items_done(segment)
                 self._flights.popleft()
-                self._free_slots.append(landed.slot)
+                self._free_slot(landed.slot)
                 self._work.notify()
         for request in complete:
             request.future.set_result(request.result())
 
     # -- any thread --
+
+    def _free_slot(self, slot: int) -> None:
+        self._free_slots.append(slot)
+        self._busy.set(len(self._free_slots) < self._num_slots)
 
     def _compile(self) -> None:
         size = self._batcher.padded_size(self._batcher.max_batch_size)
@@ -449,6 +467,7 @@ class InferenceEngine:
         with self._lock:
             if self._dead is None:
                 self._dead = error
+                self._busy.retire()
                 logger.error("The engine of model %s died", self.name, exc_info=error)
             self._queue.refuse(self._died)
             self._flying.notify_all()

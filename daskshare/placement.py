@@ -53,6 +53,11 @@ class GpuPool(WorkerEvents):
     def __len__(self) -> int:
         return len(self._books.tasks)
 
+    def waiting_tasks(self) -> dict[str, int]:
+        """Count, by model key, the tasks that wait to be dispatched; 0 is left out."""
+        models = self._books.models
+        return {key: model.num_waiting for key, model in models.items() if model.num_waiting}
+
     # -- tasks --
 
     def add_task(

@@ -9,6 +9,9 @@ from typing import Any
 from distributed import Scheduler, SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
+from daskshare.dashboard.feed import Feed
+from daskshare.dashboard.install import install_dashboard
+from daskshare.dashboard.metrics import SCHEDULER_METRICS
 from daskshare.errors import ConfigurationError
 from daskshare.worker_plugin import PLUGIN_NAME, DaskshareWorkerPlugin
 
@@ -43,6 +46,13 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         self._scheduler = scheduler
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
+        self.feed = Feed(scheduler)
+        install_dashboard(scheduler, self.feed)
+        SCHEDULER_METRICS.add(self, self.feed.snapshot)
+
+    async def close(self) -> None:
+        """Leave what the process keeps; called when the scheduler ends."""
+        SCHEDULER_METRICS.remove(self)
 
     async def install_workers(self) -> None:
         """Put the worker plugin on all present and future workers, once.

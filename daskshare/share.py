@@ -11,9 +11,11 @@ import logging
 import threading
 import time
 import traceback
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from daskshare._engine_activity import DeviceActivity
 from daskshare._share_lease import Entry, Lease, Load, ModelStats, not_held
 from daskshare.config import EngineOptions, ShareOptions
 from daskshare.device import Device
@@ -67,6 +69,8 @@ class ModelShare:
         self._clock = itertools.count(1)
         self._load_gate = threading.Semaphore(options.load_threads)
         self._closed = False
+        #: What the device's time goes to.
+        self.activity = DeviceActivity()
 
     def lease(self, spec: ModelSpec) -> Lease:
         """Return the right to use a model; loads it when it is not there.
@@ -98,7 +102,9 @@ class ModelShare:
                     self._changed.wait()
                 if load.error is not None:
                     raise _copy(load.error)
-        return self._load(entry)
+        # Waiting for room counts too: the task is there, the device has nothing to do.
+        with self.activity.during("loading"):
+            return self._load(entry)
 
     def load(self, spec: ModelSpec) -> None:
         """Load a model ahead of its first use; raises as :meth:`lease` does."""
@@ -160,12 +166,14 @@ class ModelShare:
         models = {}
         for key, stats in self.stats().items():
             values = asdict(stats)
-            if values["engine"] is not None:
-                counts = values["engine"]["batch_size_counts"]
-                values["engine"]["batch_size_counts"] = {str(k): v for k, v in counts.items()}
+            for counted in (values, values["engine"] or {}):
+                counts = counted.get("batch_size_counts", {})
+                counted["batch_size_counts"] = {str(k): v for k, v in counts.items()}
+            values["engine"] = values["engine"] or None
             models[key] = values
         return {
             "device": asdict(self.device),
+            "spent_seconds": self.activity.spent_seconds(),
             "budget_bytes": self.budget_bytes,
             "used_bytes": sum(model["model_bytes"] for model in models.values()),
             "models": models,
@@ -205,6 +213,8 @@ class ModelShare:
 
     def _lend(self, entry: Entry) -> Lease:
         entry.leases += 1
+        entry.peak_leases = max(entry.peak_leases, entry.leases)
+        self.activity.begin("input")
         entry.last_used = next(self._clock)
         return Lease(self, entry)
 
@@ -212,6 +222,7 @@ class ModelShare:
         """End a lease; called by the lease."""
         with self._changed:
             entry.leases -= 1
+            self.activity.end("input")
             entry.last_used = next(self._clock)
             self._changed.notify_all()
 
@@ -226,6 +237,13 @@ class ModelShare:
             frames=entry.past_frames,
             batches=entry.past_batches,
             mean_batch_size=0.0,
+            batch_size_counts=dict(entry.past_sizes),
+            busy_seconds=entry.past_busy_seconds,
+            errors=entry.past_errors,
+            peak_leases=entry.peak_leases,
+            load_error=(
+                str(entry.load.error) if entry.state == "unloaded" and entry.load.error else ""
+            ),
             rebuilds=entry.rebuilds,
             engine=None,
         )
@@ -298,7 +316,13 @@ class ModelShare:
             return own
         from daskshare.engine import InferenceEngine
 
-        return InferenceEngine(program, self.device, options=self.engine_options, name=spec.name)
+        return InferenceEngine(
+            program,
+            self.device,
+            options=self.engine_options,
+            name=spec.name,
+            activity=self.activity,
+        )
 
     def living_engine(self, entry: Entry) -> InferenceEngine:
         """Return a leased model's engine, started anew when it died; called by the lease."""
@@ -407,11 +431,22 @@ def _copy(error: DaskshareError) -> DaskshareError:
 
 
 def _with_engine(stats: ModelStats, engine: InferenceEngine | None) -> ModelStats:
-    now = engine.stats() if engine is not None else None
-    frames = stats.frames + (now.frames if now else 0)
-    batches = stats.batches + (now.batches if now else 0)
-    mean = frames / batches if batches else 0.0
-    return replace(stats, engine=now, frames=frames, batches=batches, mean_batch_size=mean)
+    mean = stats.frames / stats.batches if stats.batches else 0.0
+    if engine is None:
+        return replace(stats, mean_batch_size=mean)
+    now = engine.stats()
+    frames, batches = stats.frames + now.frames, stats.batches + now.batches
+    sizes = Counter(stats.batch_size_counts) + Counter(now.batch_size_counts)
+    return replace(
+        stats,
+        engine=now,
+        frames=frames,
+        batches=batches,
+        mean_batch_size=frames / batches if batches else 0.0,
+        batch_size_counts=dict(sorted(sizes.items())),
+        busy_seconds=stats.busy_seconds + now.busy_seconds,
+        errors=stats.errors + now.errors,
+    )
 
 
 def _full(spec: ModelSpec, needed_bytes: int, used_bytes: int, budget_bytes: int) -> ModelLoadError:

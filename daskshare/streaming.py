@@ -15,6 +15,7 @@ from daskshare.models.spec import FrameBatch, FrameSource, FrameStream
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from daskshare._engine_activity import Switch
     from daskshare.share import Lease
 
 __all__ = ["InferenceStream", "stream", "stream_counts"]
@@ -143,22 +144,27 @@ class InferenceStream:
         if letterbox_size is not None and device is not None and device.is_cuda:
             wanted["input_size"] = letterbox_size
         ended = False
+        # Opening a file and its decoder is part of what the device waits for.
+        decoding = self._lease.decoding()
+        decoding.set(True)
         try:
             with self._source.open_frames(**wanted) as frames:
-                yield from self._infer(frames)
+                yield from self._infer(frames, decoding)
                 problem, decoder = frames.problem, frames.decoder
             ended = True
         finally:
+            decoding.set(False)
             if not ended:
                 with _counts_lock:
                     _counts["chunks_aborted"] += 1
         self._end(problem, decoder, failed=False)
 
-    def _infer(self, frames: FrameStream) -> Iterator[tuple[FrameBatch, Any]]:
+    def _infer(self, frames: FrameStream, decoding: Switch) -> Iterator[tuple[FrameBatch, Any]]:
         program = self._lease.program
         waiting: deque[tuple[FrameBatch, Any, Future[Any]]] = deque()
         try:
             for batch in frames:
+                decoding.set(False)
                 while len(waiting) >= self._options.requests_in_flight:
                     yield self._next(waiting)
                 if batch.source_size is None:
@@ -170,6 +176,8 @@ class InferenceStream:
                 future = self._lease.submit(prepared, task=self._task)
                 waiting.append((batch, prepared.context, future))
                 del batch, prepared
+                decoding.set(True)
+            decoding.set(False)
             while waiting:
                 yield self._next(waiting)
         finally:

@@ -7,6 +7,8 @@ import json
 import logging
 import sys
 import threading
+import time
+import uuid
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from distributed import Status, Worker, WorkerPlugin, get_worker
 from distributed.comm.addressing import get_address_host
 
+from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
+from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import NotOnWorkerError
 from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
@@ -54,11 +58,15 @@ class _ProcessShare:
         self._lock = threading.Lock()
         self._owners: set[object] = set()
         self._build: Future[ModelShare] | None = None
+        self._rates = RecentRates()
+        #: By this, workers of one process are known to share one copy.
+        self.id = ""
 
     def acquire(self, owner: object, *, task_threads: int) -> Future[ModelShare]:
         with self._lock:
             self._owners.add(owner)
             if self._build is None:
+                self.id = uuid.uuid4().hex
                 self._build = _in_thread("daskshare-build", _build_share, task_threads)
             return self._build
 
@@ -74,6 +82,10 @@ class _ProcessShare:
     def current(self) -> Future[ModelShare] | None:
         with self._lock:
             return self._build
+
+    def recent(self, report: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            return self._rates.recent(time.monotonic(), report)
 
 
 _process_share = _ProcessShare()
@@ -195,14 +207,17 @@ def worker_report() -> dict[str, Any]:
     dict
         ``state`` ("absent", "starting", "ready", "failed"), ``reason`` of a failure, ``chunks``
         (see :func:`daskshare.streaming.stream_counts`), ``models`` and totals over them
-        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), and what else
-        ``ModelShare.report`` gives.
+        (``loads``, ``frames``, ``batches``, ``mean_batch_size``, ``model_bytes``), what else
+        ``ModelShare.report`` gives, ``recent`` and ``batch_bins`` (see
+        :mod:`daskshare._worker_report`), and ``share``, which is the same for workers that share
+        one copy of each model.
 
     Notes
     -----
     May wait for the share's locks: not for an event loop.
     """
     report: dict[str, Any] = {"state": "starting", "reason": "", "models": {}}
+    report["share"] = _process_share.id
     build = _process_share.current()
     if build is None:
         report["state"] = "absent"
@@ -210,6 +225,10 @@ def worker_report() -> dict[str, Any]:
         error = build.exception()
         if error is None:
             report |= {"state": "ready", **build.result().report()}
+            report["batch_bins"] = batch_bins(
+                model["batch_size_counts"] for model in report["models"].values()
+            )
+            report["recent"] = _process_share.recent(report)
         else:
             report |= {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
     models = list(report["models"].values())
@@ -248,12 +267,14 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         self._refreshing: Future[dict[str, Any]] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
         worker.metrics[PLUGIN_NAME] = self.heartbeat_report
+        WORKER_METRICS.add(self._owner, lambda: self._latest)
         build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
         build.add_done_callback(self._on_built)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
+        WORKER_METRICS.remove(self._owner)
         self._reporter.shutdown(wait=False, cancel_futures=True)
         if self._flight is not None:
             # It ends with its clients' streams, which may take longer than a worker should.
@@ -293,7 +314,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             self._refreshing = self._reporter.submit(worker_report)
         # Clients on other machines find the endpoints by the scheduler's copy of this.
         flight = {} if self._flight is None else {"flight": self._flight.report()}
-        return self._latest | flight
+        return for_heartbeat(self._latest) | flight
 
     def _on_built(self, build: Future[ModelShare]) -> None:
         error = build.exception()

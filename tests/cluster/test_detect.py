@@ -102,7 +102,7 @@ def make_video(path, *, frames=60, start=0):
 def client():
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None
+            n_workers=1, threads_per_worker=4, processes=False, dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
@@ -475,7 +475,7 @@ def assert_same_rows(got, want):
 def test_a_killed_worker_costs_only_what_it_had_in_hand(tmp_path):
     with (
         daskshare.local_cluster(
-            device="cpu", n_workers=2, threads_per_worker=2, dashboard_address=None
+            device="cpu", n_workers=2, threads_per_worker=2, dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
         ThreadPoolExecutor(1) as pool,
@@ -531,7 +531,7 @@ def test_the_clip_agrees_with_the_reference(tmp_path, client):
 def test_a_scheduler_elsewhere_is_used_and_stays_up(tmp_path):
     with (
         LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None,
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0",
             protocol="tcp",
         ) as cluster,
     ):  # fmt: skip

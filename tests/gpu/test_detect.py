@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def client():
     with (
         daskshare.local_cluster(
-            device="cuda", threads_per_worker=8, CUDA_VISIBLE_DEVICES="0", dashboard_address=None
+            device="cuda", threads_per_worker=8, CUDA_VISIBLE_DEVICES="0", dashboard_address=":0"
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

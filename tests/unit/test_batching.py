@@ -349,3 +349,13 @@ def test_task_with_another_request_is_not_expected():
     b.finished("a", 1.0)
     b.admit("c", 1, 1.0, task="c")
     assert b.next_batch(1.0, device_idle=True) is not None
+
+
+def test_oldest_seconds_over_all_groups():
+    batcher = DynamicBatcher(max_batch_size=4, max_wait_seconds=1.0, max_queue_items=16)
+    assert batcher.oldest_seconds() is None
+    batcher.admit("a", 2, 5.0, group="one")
+    batcher.admit("b", 1, 3.0, group="other")
+    assert batcher.oldest_seconds() == 3.0
+    batcher.cancel("b")
+    assert batcher.oldest_seconds() == 5.0

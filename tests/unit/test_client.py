@@ -17,6 +17,7 @@ from dask.tokenize import tokenize
 from dask.utils import funcname
 
 import daskshare.client
+from daskshare._engine_activity import Switch
 from daskshare.client import SharedModel, install, share, stats
 from daskshare.config import VideoOptions
 from daskshare.errors import ConfigurationError, InvalidInputError, NotOnWorkerError
@@ -67,6 +68,9 @@ class FakeLease:
         future: Future = Future()
         future.set_result(prepared.items)
         return future
+
+    def decoding(self):
+        return Switch(None, "decoding")
 
     def infer(self, inputs, task=None):
         self.log.append(("infer", task))

@@ -69,11 +69,15 @@ def start():
     engines = []
     programs = []
 
-    def start(program=None, **options):
+    def start(program=None, *, activity=None, **options):
         program = program or FakeProgram()
         options.setdefault("max_wait_seconds", 0.0)
         engine = InferenceEngine(
-            program, Device.cpu(), options=EngineOptions(**options), name="fake"
+            program,
+            Device.cpu(),
+            options=EngineOptions(**options),
+            name="fake",
+            activity=activity,
         )
         engines.append(engine)
         programs.append(program)
@@ -649,3 +653,76 @@ def test_a_closed_engine_leaves_nothing_behind(start):
     gc.collect()
     assert gone() is None
     assert future.done()
+
+
+# -- what it says of itself --
+
+
+def test_the_age_of_the_queue_is_that_of_its_oldest_frame(start):
+    engine, program = start(slots=1)
+    assert engine.stats().queue_age_seconds == 0.0
+    first = hold(program, engine)
+    # On the device, not in the queue.
+    assert engine.stats().queue_age_seconds == 0.0
+    older = submit(engine, 1)
+    age = engine.stats().queue_age_seconds
+    younger = submit(engine, 2)
+    assert engine.stats().queue_age_seconds >= age > 0.0
+    program.gate.set()
+    for future in (first, older, younger):
+        result(future)
+    assert engine.stats().queue_age_seconds == 0.0
+
+
+class Activity:
+    """Counts the batches that are on the device as the engine tells it."""
+
+    def __init__(self):
+        self.log = []
+        self.ended = threading.Semaphore(0)
+
+    def begin(self, name):
+        self.log.append(f"+{name}")
+
+    def end(self, name):
+        self.log.append(f"-{name}")
+        self.ended.release()
+
+
+def test_the_device_is_told_when_batches_run(start):
+    activity = Activity()
+    engine, program = start(activity=activity)
+    first = hold(program, engine)
+    assert activity.log == ["+busy"]
+    program.gate.set()
+    result(first)
+    assert activity.ended.acquire(timeout=TIMEOUT)
+    assert activity.log == ["+busy", "-busy"]
+
+
+def test_a_batch_that_fails_leaves_the_device_idle(start):
+    activity = Activity()
+    engine, _ = start(FakeProgram(body=bad_frame_seven), activity=activity)
+    with pytest.raises(InferenceError):
+        result(submit(engine, 7))
+    assert activity.ended.acquire(timeout=TIMEOUT)
+    assert activity.log == ["+busy", "-busy"]
+
+
+def bad_frame_seven(batch):
+    if bool((batch == 7).any()):
+        raise RuntimeError("seven")
+    return batch
+
+
+def test_an_engine_that_dies_leaves_the_device_idle(start):
+    activity = Activity()
+
+    def die(batch):
+        raise SystemExit("gone")
+
+    engine, _ = start(FakeProgram(body=die), activity=activity)
+    with pytest.raises(EngineDiedError):
+        result(submit(engine, 1))
+    assert activity.ended.acquire(timeout=TIMEOUT)
+    assert activity.log == ["+busy", "-busy"]

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 FLOORS: list[list[str]] = [
     ["errors", "html_repr", "sizeof"],
     ["config", "option_names"],
-    ["batching", "placement", "_placement_*", "chunking"],
+    ["batching", "placement", "_placement_*", "chunking", "timesplit"],
     ["device"],
     ["models.spec"],
     ["kernels", "kernels.*"],
@@ -25,7 +25,8 @@ FLOORS: list[list[str]] = [
     ["host", "_host_*"],
     ["streaming"],
     ["flight"],
-    ["worker_plugin"],
+    ["dashboard", "dashboard.*"],
+    ["worker_plugin", "_worker_*"],
     ["scheduler_plugin"],
     ["notebook"],
     ["client"],
@@ -33,7 +34,6 @@ FLOORS: list[list[str]] = [
     ["video", "video.*"],
     ["results", "results.*"],
     ["spark", "spark.*"],
-    ["dashboard", "dashboard.*"],
     ["testing"],
     ["doctor", "doctor.*"],
     ["cli", "_cli_*", "demo", "__main__"],
@@ -42,7 +42,7 @@ FLOORS: list[list[str]] = [
 #: Programs, which use daskshare as anybody does.
 PROGRAMS = {"cli", "demo", "__main__"}
 
-PURE = ["batching", "placement", "_placement_*", "chunking"]
+PURE = ["batching", "placement", "_placement_*", "chunking", "timesplit"]
 IMPURE_IMPORTS = {"dask", "distributed", "torch", "threading", "time", "asyncio", "concurrent"}
 
 

@@ -39,6 +39,21 @@ def test_first_task_loads_the_model_and_then_runs():
     assert "is not with the allocator" in world.pool.why("t")
 
 
+def test_waiting_tasks_are_counted_by_model():
+    world = World(instant=False)
+    world.gpu("a", slots=2)
+    for model in ("m", "n"):
+        world.model(model)
+    for n in range(30):
+        world.task(n)
+    assert world.pool.waiting_tasks() == {"m": 30}
+    world.step()
+    world.loaded("a")
+    dispatched = len(world.step())
+    assert 0 < dispatched < 30
+    assert world.pool.waiting_tasks() == {"m": 30 - dispatched}
+
+
 def test_tasks_go_where_they_finish_first():
     world = World()
     world.gpu("slow", slots=8)

@@ -31,6 +31,7 @@ CONDA_NAMES = {
     "opencv-python-headless": "py-opencv",
     "matplotlib": "matplotlib-base",
     "cupy-cuda13x": "cupy",
+    "prometheus-client": "prometheus_client",
 }
 # What is imported by another name than it is installed by.
 DISTRIBUTIONS = {

@@ -410,3 +410,75 @@ def test_close_during_a_load_discards_it(make):
 def test_import_needs_no_torch():
     code = "import sys, daskshare.share; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- what the device's time goes to, and what is kept --
+
+
+def test_counts_outlive_the_engine(make):
+    share = make()
+    spec = FakeSpec()
+    for _ in range(2):
+        with share.lease(spec) as lease:
+            lease.infer([1, 2, 3])
+            lease.infer([4])
+        share.unload(spec.key)
+    stats = share.stats()[spec.key]
+    assert stats.engine is None
+    assert (stats.frames, stats.batches, stats.loads) == (8, 4, 2)
+    assert stats.batch_size_counts == {1: 2, 3: 2}
+    assert stats.busy_seconds > 0
+    assert stats.mean_batch_size == 2.0
+
+
+def test_failed_requests_are_counted_after_unloading_too(make):
+    share = make()
+    spec = FakeSpec()
+    with share.lease(spec) as lease:
+        lease.infer([1])
+        spec.programs[-1]().poison = True
+        with pytest.raises(EngineDiedError):
+            lease.infer([2])
+    assert share.stats()[spec.key].errors == 1
+    share.unload(spec.key)
+    assert share.stats()[spec.key].errors == 1
+
+
+def test_the_most_users_at_once_are_remembered(make):
+    share = make()
+    spec = FakeSpec()
+    leases = [share.lease(spec) for _ in range(3)]
+    for lease in leases:
+        lease.release()
+    share.lease(spec).release()
+    stats = share.stats()[spec.key]
+    assert (stats.leases, stats.peak_leases) == (0, 3)
+
+
+def test_why_a_model_is_not_there_is_kept_until_it_is(make):
+    share = make()
+    spec = FakeSpec(errors=[OSError("no such file")])
+    with pytest.raises(ModelLoadError):
+        share.lease(spec)
+    assert "no such file" in share.stats()[spec.key].load_error
+    share.lease(spec).release()
+    assert share.stats()[spec.key].load_error == ""
+
+
+def test_a_lease_a_load_and_a_batch_are_told_to_the_device(make):
+    share = make()
+    log = []
+    share.activity.begin, share.activity.end = (
+        (lambda name, sign=sign: log.append(sign + name)) for sign in "+-"
+    )
+    spec = FakeSpec(gate=threading.Event())
+    spec.gate.set()
+    with share.lease(spec) as lease:
+        assert log == ["+loading", "+input", "-loading"]
+        lease.infer([1])
+        assert log[3] == "+busy"
+    share.unload(spec.key)
+    assert sorted(log[3:]) == ["+busy", "-busy", "-input"]
+    assert share.report()["spent_seconds"].keys() == {
+        *("busy", "loading", "decoding", "input", "scheduler")
+    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from daskshare._engine_activity import Switch
 from daskshare.config import VideoOptions
 from daskshare.device import Device
 from daskshare.models.spec import FrameBatch, Prepared
@@ -87,6 +89,10 @@ class Lease:
         self.fail_at = fail_at
         self.requests: list[tuple[Future, np.ndarray, str | None]] = []
         self.submitted = threading.Semaphore(0)
+        self.activity = None
+
+    def decoding(self):
+        return Switch(self.activity, "decoding")
 
     def submit(self, prepared, *, task=None):
         future: Future = Future()
@@ -291,3 +297,48 @@ def test_closing_is_idempotent_and_possible_before_the_start():
         list(batches)
     batches.close()
     assert source.closed == 1
+
+
+class Activity:
+    """Keeps what is begun and ended."""
+
+    def __init__(self):
+        self.log = []
+
+    def begin(self, name):
+        self.log.append(f"+{name}")
+
+    def end(self, name):
+        self.log.append(f"-{name}")
+
+
+def test_decoding_is_counted_as_such_but_not_waiting_for_results():
+    lease, source = Lease(), Source(num_batches=3)
+    lease.activity = Activity()
+    submit, decoded_at_submit = lease.submit, []
+
+    def watched_submit(prepared, *, task=None):
+        decoded_at_submit.append(lease.activity.log[-1])
+        return submit(prepared, task=task)
+
+    lease.submit = watched_submit
+    with stream(lease, source, options=options()) as batches:
+        assert len(list(batches)) == 3
+    assert decoded_at_submit == ["-decoding"] * 3
+    # Once for each batch, and once to learn that there are no more.
+    assert lease.activity.log == ["+decoding", "-decoding"] * 4
+
+
+@pytest.mark.parametrize("leave_early", [False, True])
+def test_decoding_ends_however_the_stream_ends(leave_early):
+    lease = Lease()
+    lease.activity = Activity()
+    source = Source(num_batches=9, fail_at=None if leave_early else 1)
+    with (
+        contextlib.suppress(OSError) if not leave_early else contextlib.nullcontext(),
+        stream(lease, source, options=options()) as batches,
+    ):
+        for _ in batches:
+            if leave_early:
+                break
+    assert lease.activity.log.count("+decoding") == lease.activity.log.count("-decoding") > 0

@@ -34,7 +34,12 @@ class Share:
 
     def report(self):
         model = {"loads": 1, "frames": 10, "batches": 4, "model_bytes": 100}
-        return {"device": {"kind": "cpu"}, "models": {"k1": model, "k2": {**model, "frames": 2}}}
+        model["batch_size_counts"] = {"2": 2, "3": 2}
+        return {
+            "device": {"kind": "cpu"},
+            "spent_seconds": {"busy": 1.0},
+            "models": {"k1": model, "k2": {**model, "frames": 2}},
+        }
 
 
 @pytest.fixture
@@ -141,6 +146,19 @@ def test_a_report_adds_up_its_models(built):
     assert report["mean_batch_size"] == 12 / 8
     assert report["device"] == {"kind": "cpu"}
     assert "decoder_pyav" in report["chunks"]
+    assert report["recent"]["frames_per_second"] == {}, "nothing ran since the first report"
+
+
+def test_each_share_of_a_process_has_its_own_name(built):
+    names = set()
+    for _ in range(2):
+        owner = object()
+        process_share().acquire(owner, task_threads=1).result(TIMEOUT)
+        process_share().acquire(object(), task_threads=1)
+        names.add(worker_report()["share"])
+        process_share()._owners = {owner}
+        process_share().release(owner).result(TIMEOUT)
+    assert len(names) == 2
 
 
 def make_worker():
