@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import numpy as np
 
+from daskshare._engine_activity import DeviceActivity, Switch
 from daskshare._engine_stats import EngineStats, Tally
 from daskshare.config import EngineOptions
 from daskshare.errors import EngineClosedError, InvalidInputError, ModelLoadError
@@ -120,9 +121,13 @@ class PredictProgram:
         self.max_batch_size = spec.max_batch_size
         self.num_parameters = len(inspect.signature(predict).parameters)
 
-    def start_engine(self, device: Device, *, options: EngineOptions, name: str) -> PredictEngine:
+    def start_engine(
+        self, device: Device, *, options: EngineOptions, name: str, activity: DeviceActivity
+    ) -> PredictEngine:
         """Return an engine that calls ``predict``."""
-        return PredictEngine(self.predict, max_batch_size=self.max_batch_size, name=name)
+        return PredictEngine(
+            self.predict, max_batch_size=self.max_batch_size, name=name, activity=activity
+        )
 
     def prepare(self, inputs: Any) -> Any:
         """Refuse: :class:`PredictEngine` takes arrays as they are."""
@@ -152,6 +157,8 @@ class PredictEngine:
         Rows of one call at most, unless one caller brings more.
     name : str
         For people, and of the thread.
+    activity : DeviceActivity, optional
+        Where to count the time in which ``predict`` runs.
 
     Notes
     -----
@@ -161,8 +168,16 @@ class PredictEngine:
     that everybody gets what they would have got by themselves.
     """
 
-    def __init__(self, predict: Any, *, max_batch_size: int, name: str) -> None:
+    def __init__(
+        self,
+        predict: Any,
+        *,
+        max_batch_size: int,
+        name: str,
+        activity: DeviceActivity | None = None,
+    ) -> None:
         self.name = name
+        self._busy = Switch(activity, "busy")
         self._predict = predict
         self._max_batch_size = max_batch_size
         self._lock = threading.Lock()
@@ -255,9 +270,11 @@ class PredictEngine:
 
     def _run(self) -> None:
         while calls := self._next():
+            self._busy.set(True)
             if len(calls) == 1 or not self._together(calls):
                 for call in calls:
                     self._alone(call)
+            self._busy.set(False)
 
     def _next(self) -> list[_Call]:
         with self._lock:

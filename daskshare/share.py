@@ -312,7 +312,12 @@ class ModelShare:
         # A program that takes no tensors brings an engine of its own, with the same methods.
         start = getattr(program, "start_engine", None)
         if start is not None:
-            own: InferenceEngine = start(self.device, options=self.engine_options, name=spec.name)
+            own: InferenceEngine = start(
+                self.device,
+                options=self.engine_options,
+                name=spec.name,
+                activity=self.activity,
+            )
             return own
         from daskshare.engine import InferenceEngine
 
