@@ -73,6 +73,8 @@ def roofline_seconds(plan: Any, bytes_per_second: float, operations_per_second: 
 def engine_main(settings: dict[str, Any], size: int, replies: Any) -> None:
     """In a process of its own: ready times, frames a second of each run, memory, statistics."""
     started = time.monotonic()
+    import dask
+
     from daskshare.config import EngineOptions
     from daskshare.device import current_device
     from daskshare.engine import InferenceEngine
@@ -80,6 +82,7 @@ def engine_main(settings: dict[str, Any], size: int, replies: Any) -> None:
     device = current_device()
     spec = sharing.make_spec({**settings, "input_size": size}, settings["precision"])
     options = EngineOptions(max_batch_size=settings["batch"])
+    dask.config.set({"daskshare.models.fused-kernels": "auto"})
     engine = InferenceEngine(spec.load(device), device, options=options, name=spec.name)
     frames = [
         workload.host_frames(settings["request_frames"], size, seed=i)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from daskshare import errors
-    from daskshare.client import SharedModel, install, share, stats, yolov3
+    from daskshare.client import SharedModel, install, load, share, stats, unload, why, yolov3
     from daskshare.cluster import local_cluster
     from daskshare.results.detect import detect
     from daskshare.video.bag import read_video
@@ -26,10 +26,13 @@ __all__ = [
     "detect",
     "errors",
     "install",
+    "load",
     "local_cluster",
     "read_video",
     "share",
     "stats",
+    "unload",
+    "why",
     "yolov3",
 ]
 
@@ -37,10 +40,13 @@ _HOMES = {
     "SharedModel": "daskshare.client",
     "detect": "daskshare.results.detect",
     "install": "daskshare.client",
+    "load": "daskshare.client",
     "local_cluster": "daskshare.cluster",
     "read_video": "daskshare.video.bag",
     "share": "daskshare.client",
     "stats": "daskshare.client",
+    "unload": "daskshare.client",
+    "why": "daskshare.client",
     "yolov3": "daskshare.client",
 }
 

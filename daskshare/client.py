@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from distributed.protocol.pickle import dumps
 
 from daskshare.errors import ConfigurationError, InvalidInputError, NotOnWorkerError
 from daskshare.models.spec import Detections, FrameSource, ModelSpec
 from daskshare.models.torch_model import torch_model_spec
 from daskshare.notebook import ClusterStats
 from daskshare.option_names import check_option_names
-from daskshare.scheduler_plugin import install_on_scheduler
+from daskshare.scheduler_plugin import ask_allocator, install_on_scheduler
 from daskshare.streaming import stream
 from daskshare.worker_plugin import current_task, local_share, worker_report_async
 
@@ -23,7 +26,17 @@ if TYPE_CHECKING:
 
     from daskshare.share import Lease
 
-__all__ = ["SharedModel", "install", "share", "stats", "yolov3"]
+__all__ = ["SharedModel", "install", "load", "share", "stats", "unload", "why", "yolov3"]
+
+#: Modules in which Dask resolves annotations.
+_RESOLVERS = ("distributed.scheduler", "dask._expr")
+
+
+class _AnnotatedModel(str):
+    """Key of a model with its handle: what an annotation becomes. Travels to workers as a str."""
+
+    __slots__ = ("handle",)
+    handle: SharedModel
 
 
 class SharedModel:
@@ -111,6 +124,11 @@ class SharedModel:
         only in part, raises nothing: the rows end earlier, a warning is logged, and
         :func:`daskshare.stats` counts it under ``chunks``.
         """
+        if sys._getframe(1).f_globals.get("__name__") in _RESOLVERS:
+            # dask.annotate(model=self): Dask calls a callable annotation with the task's key.
+            annotated = _AnnotatedModel(self.key)
+            annotated.handle = self
+            return annotated
         if computing_meta:
             raise NotOnWorkerError("A shared model has no result for empty data; give `meta`.")
         if hasattr(inputs, "__dask_graph__"):
@@ -377,6 +395,156 @@ async def _install(client: Client) -> None:
         ) from error
 
 
+def load(
+    client: Client,
+    model: SharedModel,
+    *,
+    replicas: int | None = None,
+    devices: Sequence[str] | None = None,
+    replaces: SharedModel | None = None,
+    timeout_seconds: float = 600.0,
+) -> Any:
+    """Load a model ahead of its first task, and say on how many or on which GPUs it belongs.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected, of a cluster with daskshare installed; with ``asynchronous=True``, await what
+        this returns.
+    model : SharedModel
+        The model.
+    replicas : int, optional
+        Keep exactly so many copies loaded, with and without tasks. Default: load one now; how many
+        there are later follows from the tasks that wait.
+    devices : sequence of str, optional
+        Pin the model to these: uuids of devices, or addresses of workers on them. It is never
+        unloaded there to make room, and runs nowhere else.
+    replaces : SharedModel, optional
+        A model that this one takes over from, new weights for example. This one is loaded beside
+        it; the old one leaves when its last task is done. No task fails.
+    timeout_seconds : float
+        How long to wait for the model.
+
+    Returns
+    -------
+    list of str
+        Addresses of the workers where it is ready.
+
+    Raises
+    ------
+    ModelLoadError
+        When it cannot be loaded, or is not ready in time.
+    ModelTooLargeError
+        When no device has room for it even alone.
+    ConfigurationError
+        When an argument is wrong, or the cluster's scheduler has no allocator.
+
+    Notes
+    -----
+    Runs in the client; workers load in threads of their own, beside running tasks.
+    :func:`unload` lifts what was asked for here.
+    """
+    client = _client(client)
+    if not isinstance(model, SharedModel):
+        raise ConfigurationError(
+            f"model is {model!r}; expected a SharedModel such as daskshare.yolov3('yolov3-tiny').",
+            option="model",
+        )
+    if sum(argument is not None for argument in (replicas, devices, replaces)) > 1:
+        raise ConfigurationError(
+            "Got more than one of replicas, devices and replaces; expected at most one.",
+            option="replicas",
+        )
+    if replicas is not None and (isinstance(replicas, bool) or replicas < 1):
+        raise ConfigurationError(
+            f"Got replicas={replicas!r}; expected an integer >= 1. Use daskshare.unload to have "
+            "none.",
+            option="replicas",
+        )
+    if isinstance(devices, str) or (devices is not None and not devices):
+        raise ConfigurationError(
+            f"Got devices={devices!r}; expected a list of device uuids or worker addresses.",
+            option="devices",
+        )
+    return client.sync(
+        _ask,
+        client,
+        "load",
+        model=dumps(model),
+        replicas=replicas,
+        devices=None if devices is None else list(devices),
+        replaces=None if replaces is None else replaces.key,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def unload(client: Client, model: SharedModel, *, timeout_seconds: float = 60.0) -> Any:
+    """Unload a model from all workers, and lift its pins and number of copies.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected, of a cluster with daskshare installed; with ``asynchronous=True``, await what
+        this returns.
+    model : SharedModel
+        The model. Tasks that run it may finish; tasks that wait for it load it again.
+    timeout_seconds : float
+        How long to wait for its tasks.
+
+    Returns
+    -------
+    list of str
+        Addresses of the workers that held it.
+
+    Raises
+    ------
+    ModelError
+        When it is still in use after that time; it leaves as soon as it is not.
+    ConfigurationError
+        When the cluster's scheduler has no allocator.
+    """
+    client = _client(client)
+    return client.sync(
+        _ask,
+        client,
+        "unload",
+        key=model.key,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def why(client: Client, task: Any) -> Any:
+    """Say in one sentence why a task waits, or why it runs where it runs.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Connected, of a cluster with daskshare installed; with ``asynchronous=True``, await what
+        this returns.
+    task : distributed.Future or key
+        The task.
+
+    Returns
+    -------
+    str
+        For people.
+
+    Raises
+    ------
+    ConfigurationError
+        When the cluster's scheduler has no allocator.
+    """
+    client = _client(client)
+    return client.sync(_ask, client, "why", key=getattr(task, "key", task))
+
+
+async def _ask(client: Client, request: str, **arguments: Any) -> Any:
+    answer, error = await client.run_on_scheduler(ask_allocator, request, arguments)
+    if error is not None:
+        raise error
+    return answer
+
+
 def stats(client: Client) -> Any:
     """Ask all workers what their models have done so far.
 
@@ -392,8 +560,11 @@ def stats(client: Client) -> Any:
         ("ready", "starting", "failed" with a ``reason``, or "absent" without the plugin),
         ``device``, ``models`` (by key, each with name, state, loads, frames, batches,
         mean_batch_size, model_bytes), the totals of ``loads``, ``frames``, ``batches``,
-        ``mean_batch_size`` and ``model_bytes``, and ``chunks``: videos' chunks by outcome and
-        decoder. Plain JSON-able data.
+        ``mean_batch_size`` and ``model_bytes``, ``chunks``: videos' chunks by outcome and decoder,
+        and ``placement``: ``failure`` (why the allocator sends nothing there, or "") and its last
+        ``decisions`` about the worker, oldest first, each with ``kind`` ("dispatch", "load",
+        "unload"), ``task``, ``model`` (its key) and ``reason``. Plain JSON-able data but for the
+        keys of tasks.
 
     Notes
     -----
@@ -405,6 +576,11 @@ def stats(client: Client) -> Any:
 
 async def _stats(client: Client) -> ClusterStats:
     answers = await client.run(worker_report_async, on_error="return")
+    try:
+        placement = await _ask(client, "placement")
+    except (ConfigurationError, ImportError):
+        # Only the workers have a plugin.
+        placement = {}
     return ClusterStats(
         {
             address: (
@@ -412,6 +588,7 @@ async def _stats(client: Client) -> ClusterStats:
                 if isinstance(answer, Exception)
                 else answer
             )
+            | {"placement": placement.get(address, {"failure": "", "decisions": []})}
             for address, answer in answers.items()
         }
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import dask.config
 import yaml
@@ -13,6 +13,7 @@ from dask.utils import parse_bytes, parse_timedelta
 from daskshare.errors import ConfigurationError
 
 __all__ = [
+    "AllocatorOptions",
     "EngineOptions",
     "FlightOptions",
     "HostOptions",
@@ -359,6 +360,49 @@ class FlightOptions:
         if (options.tls_certificate is None) != (options.tls_key is None):
             raise _fail("flight.tls-key", options.tls_key, "certificate and key, or neither")
         return options
+
+
+@dataclass(frozen=True, slots=True)
+class AllocatorOptions:
+    """How the scheduler places models and sends tasks to them.
+
+    Parameters
+    ----------
+    enabled : bool
+        Whether it does; otherwise Dask decides where tasks run, and each loads what it needs.
+    placement : {"auto", "spread", "pack"}
+        How many copies of a model there are: as many as its tasks need, one on each device, or as
+        few as possible.
+    cpu_execution : {"auto", True, False}
+        Whether workers without a GPU run models; ``"auto"``: as long as no worker has one.
+    start_timeout_seconds : float
+        How long a worker may take to report its device before it counts as failed.
+    load_timeout_seconds : float
+        How long loading a model may take.
+    """
+
+    enabled: bool = True
+    placement: Literal["auto", "spread", "pack"] = "auto"
+    cpu_execution: str | bool = "auto"
+    start_timeout_seconds: float = 120.0
+    load_timeout_seconds: float = 900.0
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.allocator`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        return cls(
+            enabled=_choice("allocator.enabled", (True, False)),
+            placement=_choice("allocator.placement", ("auto", "spread", "pack")),
+            cpu_execution=_choice("allocator.cpu-execution", ("auto", True, False)),
+            start_timeout_seconds=_seconds("allocator.start-timeout"),
+            load_timeout_seconds=_seconds("allocator.load-timeout"),
+        )
 
 
 @dataclass(frozen=True, slots=True)

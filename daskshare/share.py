@@ -176,6 +176,7 @@ class ModelShare:
             "spent_seconds": self.activity.spent_seconds(),
             "budget_bytes": self.budget_bytes,
             "used_bytes": sum(model["model_bytes"] for model in models.values()),
+            "free_bytes": self.device.free_bytes(),
             "models": models,
         }
 

@@ -11,15 +11,22 @@ import time
 import uuid
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
 from distributed.comm.addressing import get_address_host
+from distributed.protocol.pickle import dumps, loads
 
 from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
-from daskshare.errors import NotOnWorkerError
+from daskshare.errors import (
+    DaskshareError,
+    EngineClosedError,
+    ModelLoadError,
+    NotOnWorkerError,
+)
 from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
@@ -267,6 +274,8 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         self._refreshing: Future[dict[str, Any]] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
         worker.metrics[PLUGIN_NAME] = self.heartbeat_report
+        worker.handlers["daskshare_load"] = self.load_model
+        worker.handlers["daskshare_unload"] = self.unload_model
         WORKER_METRICS.add(self._owner, lambda: self._latest)
         build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
         build.add_done_callback(self._on_built)
@@ -275,6 +284,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
         WORKER_METRICS.remove(self._owner)
+        # The handlers stay, to answer with an error: without one, a call is never answered.
         self._reporter.shutdown(wait=False, cancel_futures=True)
         if self._flight is not None:
             # It ends with its clients' streams, which may take longer than a worker should.
@@ -284,8 +294,13 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             return self._close()
         # Dask replaces a plugin by teardown, then setup, in one step of the loop. Waiting for the
         # next step lets the newcomer take the share over, with the models that tasks are using.
-        asyncio.get_running_loop().call_soon(_process_share.release, self._owner)
+        asyncio.get_running_loop().call_soon(self._leave)
         return None
+
+    def _leave(self) -> None:
+        if PLUGIN_NAME not in self._worker.plugins:
+            self._log_event({"action": "stopped", "report": {"state": "absent"}})
+        _process_share.release(self._owner)
 
     async def _close(self) -> None:
         closing = _process_share.release(self._owner)
@@ -316,18 +331,73 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         flight = {} if self._flight is None else {"flight": self._flight.report()}
         return for_heartbeat(self._latest) | flight
 
+    async def load_model(self, spec: bytes) -> dict[str, Any]:
+        """Load a model ahead of its first task; the scheduler's call ``daskshare_load``.
+
+        Parameters
+        ----------
+        spec : bytes
+            Pickled ModelSpec.
+
+        Returns
+        -------
+        dict
+            ``status`` "OK" and ``model_bytes``; or "error", ``reason``, and the pickled
+            ``exception``; or "leaving" when the worker ends or lost the plugin.
+
+        Notes
+        -----
+        The work is done in a thread; the event loop only waits.
+        """
+        try:
+            model = await asyncio.wrap_future(_in_thread("daskshare-load", _load_model, spec))
+        except Exception as error:
+            return self._failed("load-failed", error)
+        await self._changed({"action": "loaded", "model": model["key"]})
+        return {"status": "OK", "model_bytes": model["model_bytes"]}
+
+    async def unload_model(self, key: str) -> dict[str, Any]:
+        """Give a model's memory back; the scheduler's call ``daskshare_unload``.
+
+        Returns
+        -------
+        dict
+            ``status`` "OK", also when it was not loaded; "error" and ``reason`` while it is in use.
+        """
+        try:
+            await asyncio.wrap_future(_in_thread("daskshare-unload", _unload_model, key))
+        except Exception as error:
+            return self._failed("unload-failed", error)
+        await self._changed({"action": "unloaded", "model": key})
+        return {"status": "OK"}
+
+    def _failed(self, action: str, error: Exception) -> dict[str, Any]:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ModelLoadError):
+            reason = getattr(error, "reason", "") or reason
+        if isinstance(error, (EngineClosedError, NotOnWorkerError)):
+            return {"status": "leaving", "reason": reason}
+        self._log_event({"action": action, "reason": reason})
+        # Others than daskshare's own may not survive pickling.
+        exception = dumps(error) if isinstance(error, DaskshareError) else None
+        return {"status": "error", "reason": reason, "exception": exception}
+
+    async def _changed(self, event: dict[str, Any]) -> None:
+        report = await asyncio.wrap_future(_in_thread("daskshare-report", worker_report))
+        self._log_event({**event, "report": report})
+
     def _on_built(self, build: Future[ModelShare]) -> None:
         error = build.exception()
-        event = {"action": "started"}
+        event: dict[str, Any] = {"action": "started"}
         if error is not None:
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
         elif (reason := self._serve_flight(build.result())) is not None:
             event = {"action": "no-flight", "reason": reason}
         # Called in the building thread, or at once when another worker of the process has built.
-        self._worker.loop.add_callback(self._log_event, event)
+        self._worker.loop.add_callback(self._changed, event)
 
-    def _log_event(self, event: dict[str, str]) -> None:
+    def _log_event(self, event: dict[str, Any]) -> None:
         if self._worker.status not in (Status.closing, Status.closed, Status.failed):
             self._worker.log_event(PLUGIN_NAME, {**event, "worker": self._worker.address})
 
@@ -351,3 +421,21 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             return f"{type(error).__name__}: {error}"
         logger.info("Arrow Flight endpoint at %s", self._flight.location)
         return None
+
+
+def _load_model(pickled: bytes) -> dict[str, Any]:
+    share = _wait_for_share()
+    spec = loads(pickled)
+    share.load(spec)
+    return asdict(share.stats()[spec.key])
+
+
+def _unload_model(key: str) -> bool:
+    return _wait_for_share().unload(key)
+
+
+def _wait_for_share() -> ModelShare:
+    build = _process_share.current()
+    if build is None:
+        raise NotOnWorkerError("This worker's daskshare plugin was removed.", reason="no plugin")
+    return build.result()

@@ -80,6 +80,11 @@ class Job(Generic[ChunkT]):
     fingerprint: str
     file: str
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of the chunk; by this, the scheduler knows how much work it is."""
+        return int(self.chunk.num_frames)
+
     def record(self, status: str, **fields: Any) -> ChunkRecord:
         """Record of the chunk with ``status`` and what became of it."""
         chunk = self.chunk

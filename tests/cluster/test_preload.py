@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -104,6 +105,32 @@ def test_a_worker_preload_is_enough(tmp_path):
         assert client.submit(model, np.ones((2, 2))).result(TIMEOUT)[0, 0] == 2
         [report] = daskshare.stats(client).values()
         assert (report["state"], report["loads"], report["frames"]) == ("ready", 1, 3)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_scheduler_that_dies_and_comes_back_serves_again():
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    scheduler = ("scheduler", "--host", "127.0.0.1", "--port", port)
+    scheduler += ("--dashboard-address", ":0", "--preload", SCHEDULER_SCRIPT)
+    worker = ("worker", address, "--nthreads", 2, "--no-nanny", "--no-dashboard")
+    model = SharedModel(FakeSpec(name="of-two-lives"))
+    for life in range(2):
+        with process(*scheduler) as one, process(*worker, "--memory-limit", 0) as other:
+            with Client(address, timeout=TIMEOUT, set_as_default=False) as client:
+                client.wait_for_workers(1, timeout=TIMEOUT)
+                future = client.submit(model, np.full((1, 2), life), pure=False)
+                assert future.result(TIMEOUT)[0, 0] == 2 * life
+                [report] = daskshare.stats(client).values()
+                assert [d["kind"] for d in report["placement"]["decisions"]] == ["load", "dispatch"]
+            one.kill()
+            # Dask's workers end with their scheduler; whoever runs them starts new ones.
+            other.wait(TIMEOUT)
 
 
 @pytest.fixture

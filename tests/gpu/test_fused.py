@@ -232,7 +232,8 @@ def test_every_kind_of_layer(tmp_path):
 
 @pytest.fixture
 def cache(tmp_path):
-    with dask.config.set({"daskshare.models.cache-directory": str(tmp_path / "cache")}):
+    options = {"cache-directory": str(tmp_path / "cache"), "fused-kernels": "auto"}
+    with dask.config.set({f"daskshare.models.{name}": value for name, value in options.items()}):
         yield tmp_path / "cache"
 
 

@@ -28,6 +28,12 @@ SCHEMA = _read("daskshare-schema.yaml")
 OWNERS = {name.removesuffix("Options").lower(): getattr(config, name) for name in config.__all__}
 
 BAD = [
+    ("allocator.enabled", "yes"),
+    ("allocator.enabled", None),
+    ("allocator.placement", "everywhere"),
+    ("allocator.cpu-execution", "never"),
+    ("allocator.start-timeout", -1),
+    ("allocator.load-timeout", None),
     ("engine.max-batch-size", 0),
     ("engine.max-batch-size", 2.5),
     ("engine.max-batch-size", True),
@@ -74,6 +80,11 @@ BAD = [
 ]
 
 GOOD = [
+    ("allocator.enabled", False, "enabled", False),
+    ("allocator.placement", "pack", "placement", "pack"),
+    ("allocator.cpu-execution", True, "cpu_execution", True),
+    ("allocator.start-timeout", "30s", "start_timeout_seconds", 30.0),
+    ("allocator.load-timeout", "1 hour", "load_timeout_seconds", 3600.0),
     ("engine.max-batch-size", None, "max_batch_size", None),
     ("engine.max-batch-size", 64, "max_batch_size", 64),
     ("engine.max-wait", "2 ms", "max_wait_seconds", 0.002),

@@ -27,6 +27,7 @@ FLOORS: list[list[str]] = [
     ["flight"],
     ["dashboard", "dashboard.*"],
     ["worker_plugin", "_worker_*"],
+    ["allocator", "_allocator_*"],
     ["scheduler_plugin"],
     ["notebook"],
     ["client"],

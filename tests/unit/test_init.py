@@ -18,10 +18,13 @@ PUBLIC_NAMES = {
     "detect",
     "errors",
     "install",
+    "load",
     "local_cluster",
     "read_video",
     "share",
     "stats",
+    "unload",
+    "why",
     "yolov3",
 }
 

@@ -18,7 +18,12 @@ BROKEN = {"status": "error", "exception_text": "ImportError('no torch here')"}
 class Scheduler:
     def __init__(self, answers):
         self.answers = answers
-        self.workers = {a: SimpleNamespace(metrics={}) for a in answers}
+        self.workers = {
+            a: SimpleNamespace(address=a, metrics={}, long_running=set(), nthreads=2)
+            for a in answers
+        }
+        self.tasks = {}
+        self.no_workers_timeout = None
         self.plugins = {}
         self.worker_plugins = {}
         self.handlers = {}

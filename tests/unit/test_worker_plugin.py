@@ -164,6 +164,7 @@ def test_each_share_of_a_process_has_its_own_name(built):
 def make_worker():
     return SimpleNamespace(
         metrics={},
+        handlers={},
         state=SimpleNamespace(nthreads=2),
         status=None,
         loop=SimpleNamespace(add_callback=lambda *_: None),

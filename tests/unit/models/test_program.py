@@ -220,7 +220,8 @@ def test_torch_compiles_where_fused_kernels_do_not_work(load, monkeypatch, error
     monkeypatch.setattr("daskshare.models.fused_build.build_fused", fail)
     monkeypatch.setattr("daskshare.models.program.compile_network", lambda network: network)
     program = load()
-    candidates, description = program._fast_candidates(4)
+    with dask.config.set({"daskshare.models.fused-kernels": "auto"}):
+        candidates, description = program._fast_candidates(4)
     assert candidates is program._network
     assert description == f"torch.compile; no fused kernels: {reason}"
     with (
