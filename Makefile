@@ -10,7 +10,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 GPU ?= auto
-EXTRAS ?= dev
+# Without Java there is no Spark, and pyspark is 400 MB.
+comma := ,
+EXTRAS ?= dev$(if $(shell command -v java),$(comma)spark-connect)
 STAMP := $(VENV)/.installed
 # In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
 RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import dask.config
@@ -15,6 +15,8 @@ from daskshare.errors import ConfigurationError
 __all__ = [
     "AllocatorOptions",
     "EngineOptions",
+    "FlightOptions",
+    "HostOptions",
     "ModelsOptions",
     "ShareOptions",
     "VideoOptions",
@@ -57,6 +59,13 @@ def _integer(name: str, *, minimum: int = 1) -> int:
     got = _get(name)
     if isinstance(got, bool) or not isinstance(got, int) or got < minimum:
         raise _fail(name, got, f"an integer >= {minimum}")
+    return got
+
+
+def _text(name: str) -> str | None:
+    got = _get(name)
+    if got is not None and (not isinstance(got, str) or not got):
+        raise _fail(name, got, "a text, or null")
     return got
 
 
@@ -240,6 +249,120 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class HostOptions:
+    """How processes that are no Dask workers use a device's models.
+
+    Parameters
+    ----------
+    serve : bool
+        Whether a Dask worker lets other processes of its machine and user use its models.
+    directory : str or None
+        Folder of the sockets; ``None``: ``/tmp/daskshare-<user id>``.
+    idle_timeout_seconds : float
+        How long a host that was started on demand outlives its last connection.
+    start_timeout_seconds : float
+        How long to wait for one to start.
+    allow_code : bool
+        Whether processes of the same user may hand over models as pickled code.
+    window : int
+        Requests that one connection may have in flight.
+    extensions : tuple of str
+        Modules that add operations to a host.
+    """
+
+    serve: bool = True
+    directory: str | None = None
+    idle_timeout_seconds: float = 20.0
+    start_timeout_seconds: float = 30.0
+    allow_code: bool = True
+    window: int = 8
+    extensions: tuple[str, ...] = ("daskshare.results.hosted",)
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.host`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range.
+        """
+        extensions = _get("host.extensions")
+        if not isinstance(extensions, (list, tuple)) or not all(
+            isinstance(name, str) for name in extensions
+        ):
+            raise _fail("host.extensions", extensions, "a list of names of modules")
+        return cls(
+            serve=_choice("host.serve", (True, False)),
+            directory=_text("host.directory"),
+            idle_timeout_seconds=_seconds("host.idle-timeout"),
+            start_timeout_seconds=_seconds("host.start-timeout"),
+            allow_code=_choice("host.allow-code", (True, False)),
+            window=_integer("host.window"),
+            extensions=tuple(extensions),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FlightOptions:
+    """How processes on other machines use the models of Dask workers.
+
+    Parameters
+    ----------
+    port : int or None
+        Of a worker's endpoint; ``None``: there is none; 0: any free one.
+    host : str or None
+        Address that it listens at; ``None``: the worker's own.
+    token : str or None
+        What clients must show.
+    tls_certificate, tls_key : str or None
+        PEM files of the endpoint.
+    tls_ca : str or None
+        PEM file by which clients know the endpoints.
+    allow_code : bool
+        Whether clients may hand over models as pickled code.
+    timeout_seconds : float
+        For finding and reaching an endpoint.
+    """
+
+    port: int | None = None
+    host: str | None = None
+    token: str | None = field(default=None, repr=False)
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_ca: str | None = None
+    allow_code: bool = False
+    timeout_seconds: float = 5.0
+
+    @classmethod
+    def from_config(cls) -> Self:
+        """Read the options from ``daskshare.flight`` in Dask's configuration.
+
+        Raises
+        ------
+        ConfigurationError
+            When a value has the wrong type or is out of range, or only one of certificate and key
+            is given.
+        """
+        port = None if _get("flight.port") is None else _integer("flight.port", minimum=0)
+        if port is not None and port > 65535:
+            raise _fail("flight.port", port, "a port up to 65535")
+        options = cls(
+            port=port,
+            host=_text("flight.host"),
+            token=_text("flight.token"),
+            tls_certificate=_text("flight.tls-certificate"),
+            tls_key=_text("flight.tls-key"),
+            tls_ca=_text("flight.tls-ca"),
+            allow_code=_choice("flight.allow-code", (True, False)),
+            timeout_seconds=_seconds("flight.timeout"),
+        )
+        if (options.tls_certificate is None) != (options.tls_key is None):
+            raise _fail("flight.tls-key", options.tls_key, "certificate and key, or neither")
+        return options
+
+
+@dataclass(frozen=True, slots=True)
 class AllocatorOptions:
     """How the scheduler places models and sends tasks to them.
 
@@ -293,7 +416,7 @@ class ModelsOptions:
         ``torch.compile`` elsewhere; ``True`` takes nothing else; ``False`` takes ``torch.compile``.
     """
 
-    fused_kernels: str | bool = False
+    fused_kernels: str | bool = "auto"
 
     @classmethod
     def from_config(cls) -> Self:

@@ -17,6 +17,7 @@ __all__ = [
     "DownloadError",
     "EngineClosedError",
     "EngineDiedError",
+    "HostError",
     "InferenceError",
     "InvalidInputError",
     "ModelError",
@@ -26,6 +27,7 @@ __all__ = [
     "OutOfDeviceMemoryError",
     "OutputError",
     "PlacementError",
+    "RemoteCodeError",
     "TruncatedVideoError",
     "UnreadableVideoError",
     "VideoError",
@@ -118,6 +120,14 @@ class EngineDiedError(InferenceError):
 
 class EngineClosedError(InferenceError):
     """The engine was closed while the call waited, or before it."""
+
+
+class HostError(DaskshareError, RuntimeError):
+    """The process that owns a device's models cannot be reached or started; field ``address``."""
+
+
+class RemoteCodeError(DaskshareError, RuntimeError):
+    """Code of the caller's failed in another process; ``type`` and ``traceback`` are its own."""
 
 
 class VideoError(DaskshareError):

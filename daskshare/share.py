@@ -310,6 +310,16 @@ class ModelShare:
                     raise
 
     def _start_engine(self, spec: ModelSpec, program: Program) -> InferenceEngine:
+        # A program that takes no tensors brings an engine of its own, with the same methods.
+        start = getattr(program, "start_engine", None)
+        if start is not None:
+            own: InferenceEngine = start(
+                self.device,
+                options=self.engine_options,
+                name=spec.name,
+                activity=self.activity,
+            )
+            return own
         from daskshare.engine import InferenceEngine
 
         return InferenceEngine(

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 import threading
 import time
 import uuid
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from distributed import Status, Worker, WorkerPlugin, get_worker
+from distributed.comm.addressing import get_address_host
 from distributed.protocol.pickle import dumps, loads
 
 from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
-from daskshare.config import EngineOptions, ShareOptions, WorkerOptions
+from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
 from daskshare.errors import (
     DaskshareError,
@@ -30,6 +33,8 @@ from daskshare.streaming import stream_counts
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
+    from daskshare.flight import FlightEndpoint
+    from daskshare.host import WorkerHost
     from daskshare.share import ModelShare
 
 __all__ = [
@@ -108,14 +113,29 @@ def _build_share(task_threads: int) -> ModelShare:
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
-    return ModelShare(
+    share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
+    options = HostOptions.from_config()
+    # Unix sockets that tell who is at the other end are Linux's.
+    if options.serve and sys.platform == "linux":
+        from daskshare.host import WorkerHost
+
+        _hosts[share] = WorkerHost(share, options)
+    return share
+
+
+#: Through which other processes of this machine use a share.
+_hosts: weakref.WeakKeyDictionary[ModelShare, WorkerHost] = weakref.WeakKeyDictionary()
 
 
 def _close_share(build: Future[ModelShare]) -> None:
     if build.exception() is None:
-        build.result().close()
+        share = build.result()
+        host = _hosts.pop(share, None)
+        if host is not None:
+            host.stop()
+        share.close()
 
 
 def _set_torch_threads(task_threads: int) -> None:
@@ -249,6 +269,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         """Start building the share; returns before it is built."""
         self._worker = worker
         self._owner = object()
+        self._flight: FlightEndpoint | None = None
         self._latest: dict[str, Any] = {}
         self._refreshing: Future[dict[str, Any]] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
@@ -265,6 +286,10 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         WORKER_METRICS.remove(self._owner)
         # The handlers stay, to answer with an error: without one, a call is never answered.
         self._reporter.shutdown(wait=False, cancel_futures=True)
+        if self._flight is not None:
+            # It ends with its clients' streams, which may take longer than a worker should.
+            _in_thread("daskshare-flight", self._flight.close)
+            self._flight = None
         if worker.status in (Status.closing, Status.closed, Status.failed):
             return self._close()
         # Dask replaces a plugin by teardown, then setup, in one step of the loop. Waiting for the
@@ -302,7 +327,9 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             else:
                 self._latest = {"state": "failed", "reason": f"{type(error).__name__}: {error}"}
             self._refreshing = self._reporter.submit(worker_report)
-        return for_heartbeat(self._latest)
+        # Clients on other machines find the endpoints by the scheduler's copy of this.
+        flight = {} if self._flight is None else {"flight": self._flight.report()}
+        return for_heartbeat(self._latest) | flight
 
     async def load_model(self, spec: bytes) -> dict[str, Any]:
         """Load a model ahead of its first task; the scheduler's call ``daskshare_load``.
@@ -365,12 +392,35 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         if error is not None:
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
+        elif (reason := self._serve_flight(build.result())) is not None:
+            event = {"action": "no-flight", "reason": reason}
         # Called in the building thread, or at once when another worker of the process has built.
         self._worker.loop.add_callback(self._changed, event)
 
     def _log_event(self, event: dict[str, Any]) -> None:
         if self._worker.status not in (Status.closing, Status.closed, Status.failed):
             self._worker.log_event(PLUGIN_NAME, {**event, "worker": self._worker.address})
+
+    def _serve_flight(self, share: ModelShare) -> str | None:
+        """Start the endpoint for other machines where one is asked for; says why it failed."""
+        options = FlightOptions.from_config()
+        if options.port is None:
+            return None
+        from daskshare.flight import FlightEndpoint
+
+        try:
+            self._flight = FlightEndpoint(
+                share,
+                options,
+                HostOptions.from_config(),
+                host=get_address_host(self._worker.address),
+            )
+        except Exception as error:
+            # The worker's own tasks need no endpoint.
+            logger.exception("This worker has no Arrow Flight endpoint")
+            return f"{type(error).__name__}: {error}"
+        logger.info("Arrow Flight endpoint at %s", self._flight.location)
+        return None
 
 
 def _load_model(pickled: bytes) -> dict[str, Any]:

@@ -24,6 +24,7 @@ FLOORS: list[list[str]] = [
     ["share", "_share_*"],
     ["host", "_host_*"],
     ["streaming"],
+    ["flight"],
     ["dashboard", "dashboard.*"],
     ["worker_plugin", "_worker_*"],
     ["allocator", "_allocator_*"],

@@ -153,10 +153,10 @@ def _imports(folder: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("daskshare", ("base", "gpu")),
+        ("daskshare", ("base", "gpu", "spark")),
         ("plugins", ("base",)),
-        ("examples", ("base", "demo")),
-        ("benchmarks", ("base", "gpu", "demo", "test")),
+        ("examples", ("base", "spark", "demo")),
+        ("benchmarks", ("base", "gpu", "spark", "demo", "test")),
         ("tools", ()),
     ],
 )
