@@ -416,7 +416,7 @@ class ModelsOptions:
         ``torch.compile`` elsewhere; ``True`` takes nothing else; ``False`` takes ``torch.compile``.
     """
 
-    fused_kernels: str | bool = "auto"
+    fused_kernels: str | bool = False
 
     @classmethod
     def from_config(cls) -> Self:
