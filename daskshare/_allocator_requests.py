@@ -134,7 +134,9 @@ class Requests:
         allocator.pool.unload_model(key, now_seconds=time.monotonic())
 
         def done() -> bool:
-            return not workers.with_model(key) and not allocator.loader.is_loading(key)
+            # The worker's report may come before its answer, and its room counts from then on.
+            booked = allocator.pool.snapshot()["models"][key]["replicas"]
+            return not booked and not workers.with_model(key)
 
         try:
             await self._until(done, lambda: None, timeout_seconds)
