@@ -393,7 +393,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
         elif (reason := self._serve_flight(build.result())) is not None:
-            event = {"action": "no-flight", "reason": reason}
+            event["flight_error"] = reason
         # Called in the building thread, or at once when another worker of the process has built.
         self._worker.loop.add_callback(self._changed, event)
 
