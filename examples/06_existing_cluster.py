@@ -25,6 +25,8 @@ def use(client) -> None:
     daskshare.install(client)
 
     model = daskshare.share(load_scale, name="scale")
+    # Not needed: copies follow the tasks. It has one on each worker before the first task.
+    daskshare.load(client, model, replicas=len(client.nthreads()))
     futures = client.map(model, [np.full((4, 3), i, np.float32) for i in range(20)])
     right = all(np.all(result == 2 * i) for i, result in enumerate(client.gather(futures)))
     print(f"20 tasks, results {'right' if right else 'WRONG'}")

@@ -331,13 +331,15 @@ def test_new_weights_take_over_under_load(client):
 
 
 def test_why_and_stats_name_reasons(client, addresses):
-    model = fake("reasons")
+    model, others = fake("reasons"), fake("others")
+    # Elsewhere than behind the gates.
+    daskshare.load(client, others, devices=["GPU-1"])
     gates = [
         client.submit(wait_at_gate, model, "reasons", workers=[addresses[0]], pure=False)
         for _ in range(3)
     ]
     extra = client.map(where, [model] * 6, workers=[addresses[0]], pure=False)
-    client.submit(double, fake("others"), 1.0, pure=False).result(TIMEOUT)
+    client.submit(double, others, 1.0, pure=False).result(TIMEOUT)
     sentence = daskshare.why(client, extra[-1])
     assert sentence.startswith(f"Task {extra[-1].key!r} waits")
     assert sentence.endswith(".")

@@ -433,6 +433,8 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, sign):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         wait_for_part(lambda: process.poll() is not None, killed / "detections")
         process.send_signal(sign)
