@@ -18,8 +18,6 @@ __all__ = ["BIT_DEPTHS", "CODECS", "NvdecFailed", "NvdecSession", "SessionKey", 
 # Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
 CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
 BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
-# Decoding waits for its copies and conversions, which are short; the network's kernels are long.
-_STREAM_PRIORITY = -1
 
 
 class NvdecFailed(Exception):
@@ -73,7 +71,7 @@ class NvdecSession:
         self.key = key
         self._base = self._latest = 0
         with torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream(priority=_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
             self._decoder = PyNvVideoCodec.CreateDecoder(
                 gpuid=key.device_index,
