@@ -9,6 +9,7 @@ the slot's output buffers (compute stream), and the transfer of these into page-
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,22 +19,24 @@ import numpy as np
 import torch
 
 from daskshare._engine_request import Group, HostOutputs, Piece, Segment, host_dtype
-from daskshare._engine_runner import Flight, Forwards, repeat_first_row
+from daskshare._engine_runner import Flight, Forwards, is_out_of_memory, repeat_first_row
 from daskshare._engine_staging import Arena, byte_view
 from daskshare.device import Device
+from daskshare.kernels.capture import CAPTURE_GATE, was_disturbed
 from daskshare.models.spec import Program
 
 __all__ = ["CudaRunner"]
 
 logger = logging.getLogger(__name__)
 
-# Torch allows one capture at a time in a process; each model has a thread that may capture.
-_CAPTURING = threading.Lock()
 # Torch's allocators may ask a graph whose capture failed whether it captures, for ever.
 _FAILED_CAPTURES: list[torch.cuda.CUDAGraph] = []
 
 # Models whose inputs come in ever new shapes would otherwise capture without end.
 _MAX_GRAPHS_PER_SLOT = 16
+# Captures that other threads made invalid; the wait for the next try doubles each time.
+_MAX_DISTURBED_CAPTURES = 8
+_TIMED_RUNS = 3
 
 
 class _Buffers:
@@ -120,6 +123,7 @@ class CudaRunner:
         self._use_graphs = cuda_graphs and program.graph_capturable
         self._last_group: Group | None = None
         self._warm: set[tuple[Group, int]] = set()
+        self._launches = self._disturbed_captures = self._capture_not_before = 0
         with torch.cuda.device(self._device):
             self._streams = _take_streams(self._device)
             self._copy_in, self._compute, self._copy_out = self._streams
@@ -142,6 +146,7 @@ class CudaRunner:
         state = self._slots[slot]
         batch = self._input(state, group, padded_size)
         self._last_group = group
+        self._launches += 1
         with torch.cuda.stream(self._copy_in):
             self._gather(batch, segments, group, self._copy_in)
             state.copied.record(self._copy_in)
@@ -190,6 +195,44 @@ class CudaRunner:
                 for _ in range(2):
                     self._run(state, key, self._input(state, self._last_group, batch_size))
         self._compute.synchronize()
+
+    @property
+    def measurable(self) -> bool:
+        return self._last_group is not None
+
+    def measure(self, rows: int) -> float:
+        assert self._last_group is not None
+        key, state = (self._last_group, rows), self._slots[0]
+        kept = rows == self.forwards.compiled_size
+        known, pool = state.graphs.get(key), self._pool
+        if not kept and known is None:
+            # A pool gives its memory back as a whole, and this graph may not be wanted.
+            self._pool = None
+        try:
+            best = min(self._replay_seconds(state, key) for _ in range(_TIMED_RUNS))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            best = math.inf
+        if not kept and known is None:
+            state.graphs.pop(key, None)
+            state.buffers.pop(key, None)
+            self._pool = pool
+            torch.cuda.empty_cache()
+        return best
+
+    def _replay_seconds(self, state: _Slot, key: tuple[Group, int]) -> float:
+        with torch.cuda.stream(self._compute):
+            batch = self._input(state, *key)
+            # The first two of a kind make its graph.
+            for _ in range(1 if key in state.graphs else 3):
+                start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                start.record()
+                self._run(state, key, batch)
+                stop.record()
+                stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
 
     def shrink(self, max_rows: int) -> None:
         self._max_rows = max_rows
@@ -264,6 +307,7 @@ class CudaRunner:
         return (
             self._use_graphs
             and not self.graph_error
+            and self._launches >= self._capture_not_before
             and key in self._warm
             and len(state.graphs) < _MAX_GRAPHS_PER_SLOT
         )
@@ -285,7 +329,7 @@ class CudaRunner:
             # on one stream and leave nothing in it: outputs are copied to the slot's buffers
             # inside the graph. thread_local: callers may allocate meanwhile.
             with (
-                _CAPTURING,
+                CAPTURE_GATE.capturing(),
                 torch.cuda.graph(
                     graph,
                     pool=self._pool,
@@ -299,13 +343,21 @@ class CudaRunner:
                 buffers.store(leaves)
                 del leaves
         except Exception as error:
-            self.graph_error = f"{type(error).__name__}: {error}"
-            logger.warning("No CUDA graph, the model runs eagerly: %s", self.graph_error)
+            self._capture_failed(error)
             self._abort_capture(graph)
             self.check_device()
             return None
         state.graphs[key] = (graph, buffers)
         return state.graphs[key]
+
+    def _capture_failed(self, error: Exception) -> None:
+        self._disturbed_captures += 1
+        if was_disturbed(error) and self._disturbed_captures <= _MAX_DISTURBED_CAPTURES:
+            self._capture_not_before = self._launches + 2**self._disturbed_captures
+            logger.info("Another thread disturbed the capture of a CUDA graph; it is tried again")
+            return
+        self.graph_error = f"{type(error).__name__}: {error}"
+        logger.warning("No CUDA graph, the model runs eagerly: %s", self.graph_error)
 
     def _abort_capture(self, graph: torch.cuda.CUDAGraph) -> None:
         # When the driver calls a capture invalid, torch's allocator goes on recording into the

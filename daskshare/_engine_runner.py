@@ -114,6 +114,18 @@ class Runner(Protocol):
         """Swap a compiled forward pass in; no batch may be in flight."""
         ...
 
+    @property
+    def measurable(self) -> bool:
+        """Whether :meth:`measure` knows what batches look like."""
+        ...
+
+    def measure(self, rows: int) -> float:
+        """Seconds that a batch of so many rows takes; infinity where memory does not do.
+
+        No batch may be in flight.
+        """
+        ...
+
     def shrink(self, max_rows: int) -> None:
         """Give buffers back after memory ran out, and make them for ``max_rows`` from now on.
 
@@ -176,6 +188,14 @@ class CpuRunner:
 
     def install(self, compiled: Callable[[torch.Tensor], Any], batch_size: int) -> None:
         self.forwards.install(compiled, batch_size)
+
+    @property
+    def measurable(self) -> bool:
+        # Smaller batches take less time on a CPU.
+        return False
+
+    def measure(self, rows: int) -> float:
+        raise NotImplementedError("a CPU's batches are not padded, so no size is measured")
 
     def shrink(self, max_rows: int) -> None:
         self._blocks = [torch.empty(0, dtype=torch.uint8) for _ in self._blocks]

@@ -215,6 +215,22 @@ class DynamicBatcher:
         for group in self._groups.values():
             group.turn_items = 0
 
+    def set_batch_sizes(self, batch_sizes: Sequence[int]) -> None:
+        """Pad to these sizes, or to ``max_batch_size``, from now on.
+
+        Raises
+        ------
+        ConfigurationError
+            When one is not in 1 to ``max_batch_size``.
+        """
+        if not all(1 <= size <= self.max_batch_size for size in batch_sizes):
+            raise ConfigurationError(
+                f"Got batch_sizes={tuple(batch_sizes)}; expected 1 to {self.max_batch_size} "
+                "(max_batch_size)."
+            )
+        self._preferred = sorted({*batch_sizes, self.max_batch_size})
+        self.set_ceiling(self._ceiling)
+
     def padded_size(self, num_items: int) -> int:
         """Smallest preferred size that holds ``num_items`` (itself when there are none)."""
         if not self._preferred:

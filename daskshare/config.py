@@ -198,12 +198,15 @@ class VideoOptions:
         Requests that one task keeps waiting, so that decoding overlaps with inference.
     decoder : {"auto", "nvdec", "pyav"}
         ``"auto"`` takes NVDEC where the chip and the stream allow it, else PyAV.
+    decoder_sessions : int or None
+        Chunks that NVDEC decodes at once on a GPU; None: as many as its engines need.
     """
 
     chunk_seconds: float = 10.0
     frames_per_request: int = 16
     requests_in_flight: int = 3
     decoder: str = "auto"
+    decoder_sessions: int | None = None
 
     @classmethod
     def from_config(cls) -> Self:
@@ -214,11 +217,13 @@ class VideoOptions:
         ConfigurationError
             When a value has the wrong type or is out of range.
         """
+        sessions = _get("video.decoder-sessions")
         return cls(
             chunk_seconds=_seconds("video.chunk-duration"),
             frames_per_request=_integer("video.frames-per-request"),
             requests_in_flight=_integer("video.requests-in-flight"),
             decoder=_choice("video.decoder", ("auto", "nvdec", "pyav")),
+            decoder_sessions=None if sessions is None else _integer("video.decoder-sessions"),
         )
 
 
@@ -416,7 +421,7 @@ class ModelsOptions:
         ``torch.compile`` elsewhere; ``True`` takes nothing else; ``False`` takes ``torch.compile``.
     """
 
-    fused_kernels: str | bool = False
+    fused_kernels: str | bool = "auto"
 
     @classmethod
     def from_config(cls) -> Self:

@@ -10,6 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ logger = logging.getLogger(__name__)
 _COMPILER_GRACE_SECONDS = 1.0
 # Enough to copy a batch in and launch it before the device runs dry.
 _LEAD_SECONDS = 0.003
+
+# A compiler would take the interpreter from the first batch: it waits so long for one to come, and
+# then so long for its results.
+_FIRST_REQUEST_SECONDS = 0.5
+_FIRST_RESULT_SECONDS = 60.0
 
 _Launch = tuple[int, list[Segment], Group, int, int]
 _Forward = Callable[[torch.Tensor], Any]
@@ -114,6 +120,8 @@ class InferenceEngine:
         self._compiled: _Forward | None = None
         self._compile_error = ""
         self._compile_ended = threading.Event()
+        self._delivered = threading.Event()
+        self._sizes_unmeasured = False
         compiling = options.compile is True or (options.compile == "auto" and device.is_cuda)
         if not compiling:
             self._compile_ended.set()
@@ -229,6 +237,7 @@ class InferenceEngine:
             self._closing = True
             self._queue.refuse(self._closed)
         self._compile_ended.set()
+        self._delivered.set()
         for thread in self._threads[:2]:
             thread.join(max(0.0, deadline - time.monotonic()))
         for thread in self._threads[2:]:
@@ -270,7 +279,7 @@ class InferenceEngine:
                     if isinstance(work, tuple):
                         self._launch(*work)
                     else:
-                        self._install(work)
+                        work()
         except BaseException as error:
             self._die(error)
         with self._lock:
@@ -283,7 +292,7 @@ class InferenceEngine:
         except Exception:
             logger.warning("Engine %s could not free its memory", self.name, exc_info=True)
 
-    def _next_work(self) -> _Launch | _Forward | None:
+    def _next_work(self) -> _Launch | Callable[[], None] | None:
         with self._lock:
             while self._dead is None and not self._abandoned:
                 idle = not self._flights
@@ -292,7 +301,11 @@ class InferenceEngine:
                     # Swapping needs every slot; batches wait for it.
                     if idle:
                         compiled, self._compiled = self._compiled, None
-                        return compiled
+                        return partial(self._install, compiled)
+                elif self._sizes_unmeasured and self._runner.measurable:
+                    if idle:
+                        self._sizes_unmeasured = False
+                        return self._choose_sizes
                 elif self._free_slots:
                     start_seconds = self._could_start_seconds()
                     taken = self._queue.take(
@@ -366,7 +379,24 @@ class InferenceEngine:
             self._runner.check_device()
             self._runner.forwards.remove()
             self._compile_failed(error)
+        else:
+            self._sizes_unmeasured = bool(self.program.batch_sizes)
         self._compile_ended.set()
+
+    def _choose_sizes(self) -> None:
+        """Pad to a smaller size only where that is faster than a full, compiled batch."""
+        full = self._batcher.padded_size(self._batcher.ceiling)
+        sizes = [size for size in sorted(self.program.batch_sizes) if size < full]
+        try:
+            full_seconds = self._runner.measure(full)
+            while sizes and self._runner.measure(sizes[-1]) >= full_seconds:
+                sizes.pop()
+        except Exception:
+            self._runner.check_device()
+            logger.warning("Engine %s could not measure its batch sizes", self.name, exc_info=True)
+            return
+        with self._lock:
+            self._batcher.set_batch_sizes(sizes)
 
     # -- the collector's thread --
 
@@ -428,6 +458,7 @@ class InferenceEngine:
                 self._flights.popleft()
                 self._free_slot(landed.slot)
                 self._work.notify()
+        self._delivered.set()
         for request in complete:
             request.future.set_result(request.result())
 
@@ -438,8 +469,13 @@ class InferenceEngine:
         self._busy.set(len(self._free_slots) < self._num_slots)
 
     def _compile(self) -> None:
+        if not self._delivered.wait(_FIRST_REQUEST_SECONDS) and self._queue.requests:
+            self._delivered.wait(_FIRST_RESULT_SECONDS)
         size = self._batcher.padded_size(self._batcher.max_batch_size)
         try:
+            if not self.alive:
+                self._compile_ended.set()
+                return
             with self._runner.activate():
                 compiled = self.program.compile(size)
         except BaseException as error:

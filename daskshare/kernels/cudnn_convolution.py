@@ -9,10 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+
+from daskshare.kernels.capture import was_disturbed
 
 __all__ = ["ConvolutionCase", "CudnnConvolutions", "Plan"]
 
@@ -20,6 +24,8 @@ _X, _WEIGHT, _BIAS, _Y, _RESIDUAL = 1, 2, 3, 4, 5
 # More scratch memory than this is not worth any plan here.
 _MAX_WORKSPACE_BYTES = 64 << 20
 _RUNS = 9
+_DISTURBED_TRIES = 5
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ class CudnnConvolutions:
         workspace = torch.empty(_MAX_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         for index in range(min(max_plans, graph.get_execution_plan_count())):
             try:
-                graph.build_plan_at_index(index)
+                _undisturbed(partial(graph.build_plan_at_index, index))
                 size = graph.get_workspace_size_plan_at_index(index)
                 if size > _MAX_WORKSPACE_BYTES:
                     continue
@@ -193,15 +199,20 @@ class CudnnConvolutions:
         if not found:
             raise RuntimeError(f"cuDNN has no plan for {case}: {problems[:3]}")
         microseconds, index, name, size = min(found)
-        graph.build_plan_at_index(index)
+        _undisturbed(partial(graph.build_plan_at_index, index))
         plan = Plan(graph, size, name, microseconds)
         return plan, bytes(graph.serialize()), [(row[2], row[0]) for row in sorted(found)]
 
     def load(self, content: bytes, *, workspace_bytes: int, name: str, microseconds: float) -> Plan:
         """A plan from the bytes that :meth:`measure` returned, for equal versions and device."""
-        graph = self._cudnn.pygraph(handle=self._handle)
-        graph.deserialize(self._handle, list(content))
-        return Plan(graph, workspace_bytes, name, microseconds)
+        numbers = list(content)
+
+        def deserialize() -> Any:
+            graph = self._cudnn.pygraph(handle=self._handle)
+            graph.deserialize(self._handle, numbers)
+            return graph
+
+        return Plan(_undisturbed(deserialize), workspace_bytes, name, microseconds)
 
     def _time(
         self,
@@ -285,3 +296,14 @@ class CudnnConvolutions:
         graph.validate()
         graph.build_operation_graph()
         return graph
+
+
+def _undisturbed(make: Callable[[], _T]) -> _T:
+    # cuDNN captures plans that run as CUDA graphs, and another thread may have disturbed that.
+    for _ in range(_DISTURBED_TRIES):
+        try:
+            return make()
+        except Exception as error:
+            if not was_disturbed(error):
+                raise
+    return make()

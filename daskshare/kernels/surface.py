@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from daskshare.kernels.colour import SAMPLE_SOURCE, YuvConversion, semiplanar_to_rgb
-from daskshare.kernels.cupy_kernel import cupy_stream
+from daskshare.kernels.launch import KernelLaunch
 from daskshare.kernels.preprocess import FILL, TAP_SOURCE, Letterbox, letterbox_torch
 
 __all__ = ["SurfaceLetterbox", "surface_letterbox_host"]
@@ -133,8 +133,8 @@ class SurfaceLetterbox:
         device_index: int,
         stream: int,
     ) -> None:
-        self._plan = np.zeros((), _PLAN)
-        self._plan[()] = (
+        plan = np.zeros((), _PLAN)
+        plan[()] = (
             *(pitch_bytes, pitch_bytes),
             *(box.source_height, box.source_width, box.height, box.width),
             *(box.inner_height, box.inner_width, box.top, box.left),
@@ -142,9 +142,15 @@ class SurfaceLetterbox:
             *(conversion.offset, conversion.luma, conversion.red_v),
             *(conversion.green_u, conversion.green_v, conversion.blue_u),
         )
-        self._grid = (-(-box.width // _BLOCK[0]), -(-box.height // _BLOCK[1]), 1)
-        self._kernel = _kernel(device_index, sample_bytes)
-        self._stream = cupy_stream(stream)
+        grid = (-(-box.width // _BLOCK[0]), -(-box.height // _BLOCK[1]), 1)
+        self._launch = KernelLaunch(
+            _kernel(device_index, sample_bytes),
+            grid,
+            _BLOCK,
+            num_pointers=3,
+            constant=plan.tobytes(),
+            stream=stream,
+        )
 
     def __call__(self, luma_pointer: int, chroma_pointer: int, out_pointer: int) -> None:
         """Queue one surface; returns before the kernel has run.
@@ -160,17 +166,7 @@ class SurfaceLetterbox:
         -----
         The device must be current in the calling thread.
         """
-        with self._stream:
-            self._kernel(
-                self._grid,
-                _BLOCK,
-                (
-                    np.uint64(luma_pointer),
-                    np.uint64(chroma_pointer),
-                    np.uint64(out_pointer),
-                    self._plan[()],
-                ),
-            )
+        self._launch(luma_pointer, chroma_pointer, out_pointer)
 
 
 def surface_letterbox_host(

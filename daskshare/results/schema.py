@@ -11,7 +11,13 @@ import pyarrow as pa
 from daskshare.errors import ConfigurationError
 from daskshare.models.spec import DETECTION_COLUMNS, Detections
 
-__all__ = ["CHUNKS_SCHEMA", "DETECTIONS_SCHEMA", "SCHEMA_VERSION", "detections_batch"]
+__all__ = [
+    "CHUNKS_SCHEMA",
+    "DETECTIONS_SCHEMA",
+    "SCHEMA_VERSION",
+    "check_results",
+    "detections_batch",
+]
 
 #: Raised when the columns or their meaning change, so that older files are not reused.
 SCHEMA_VERSION = 1
@@ -83,14 +89,7 @@ def detections_batch(
     ConfigurationError
         When the model does not return one ``Detections`` a frame.
     """
-    if len(results) != len(pts_seconds) or not all(isinstance(r, Detections) for r in results):
-        got = sorted({type(r).__name__ for r in results})
-        raise ConfigurationError(
-            f"The model returned {len(results)} results of type {', '.join(got) or 'nothing'} for "
-            f"{len(pts_seconds)} frames of {video}; detect expects one Detections a frame. Use a "
-            "detector such as daskshare.yolov3(), or call another model in tasks of your own.",
-            model_results=got,
-        )
+    check_results(video, len(pts_seconds), results)
     counts = np.fromiter((len(r) for r in results), dtype=np.int64, count=len(results))
     total = int(counts.sum())
     names = results[0].class_names if results else ()
@@ -117,3 +116,15 @@ def detections_batch(
         *(pa.array(np.ascontiguousarray(xyxy[:, i])) for i in range(4)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=DETECTIONS_SCHEMA)
+
+
+def check_results(video: str, num_frames: int, results: Sequence[Any]) -> None:
+    """Raise ConfigurationError unless ``results`` holds one ``Detections`` a frame."""
+    if len(results) != num_frames or not all(isinstance(r, Detections) for r in results):
+        got = sorted({type(r).__name__ for r in results})
+        raise ConfigurationError(
+            f"The model returned {len(results)} results of type {', '.join(got) or 'nothing'} for "
+            f"{num_frames} frames of {video}; detect expects one Detections a frame. Use a "
+            "detector such as daskshare.yolov3(), or call another model in tasks of your own.",
+            model_results=got,
+        )

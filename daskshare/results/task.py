@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daskshare.errors import VideoError
+from daskshare.results.collect import FrameCollector
 from daskshare.results.parquet import ChunkRecord, PartWriter
 from daskshare.results.progress import TOPIC, FrameReporter
 from daskshare.results.resume import Job
-from daskshare.results.schema import detections_batch
 
 if TYPE_CHECKING:
     from daskshare.client import SharedModel
@@ -133,16 +133,14 @@ def _detect(
 
     chunk = job.chunk
     with local_share().lease(model.spec) as lease, PartWriter(folder / job.file) as part:
+        rows = FrameCollector(chunk.video, part.write)
         with stream(lease, chunk, options=options, task=job.file) as results:
             for frames, detections in results:
                 if run in _stopped_runs:
                     return job.failed("stopped")
-                part.write(
-                    detections_batch(
-                        chunk.video, frames.first_frame, frames.pts_seconds, detections
-                    )
-                )
+                rows.add(frames.first_frame, frames.pts_seconds, detections)
                 reporter.advance(len(detections))
+        rows.flush()
         record = job.record(
             "truncated" if results.problem else "ok",
             error=results.problem,

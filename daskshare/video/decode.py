@@ -103,6 +103,11 @@ class FrameNumbers:
             return float(pts * self._chunk.time_base)
         return float(number / rate) if rate else float(number)
 
+    def problem_when_complete(self) -> str:
+        """What :meth:`problem` says once every frame of the index has been placed."""
+        self._next = self._got = 0 if self._pts is None else len(self._pts)
+        return self.problem()
+
     def problem(self) -> str:
         """What is missing, ``""`` when nothing is."""
         expected = self._chunk.num_frames

@@ -22,9 +22,11 @@ from daskshare.video.nvdec_session import (
     NvdecSession,
     SessionKey,
     capabilities,
+    session_limit,
 )
 from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
+from daskshare.video.start_codes import StartCodes
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +38,6 @@ if TYPE_CHECKING:
     from daskshare.video.chunk import VideoChunk
 
 __all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
-
-# The NVIDIA parser wants start codes and parameter sets in the stream.
-_START_CODE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 
 
 def _key(chunk: VideoChunk, device: Device) -> SessionKey:
@@ -89,7 +88,7 @@ def refusal(chunk: VideoChunk, device: Device) -> str:
     return ""
 
 
-_sessions: SessionPool[SessionKey, NvdecSession] = SessionPool(NvdecSession)
+_sessions: SessionPool[SessionKey, NvdecSession] = SessionPool(NvdecSession, limit=session_limit)
 
 
 def close_idle_sessions() -> None:
@@ -210,25 +209,21 @@ class NvdecFrames:
         stream = decode.video_stream(self._container, chunk)
         conversion = decode.stream_conversion(stream)
         pts = chunk.pts()
+        expected = pts.tolist()
         capacity = self._batch_frames
         height, width = self._input_size or (key.height, key.width)
         emitted = size = 0
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
             convert: Callable[[Any, torch.Tensor, int], None] | None = None
-            for surface, ticks in self._surfaces(session, stream, int(pts[0])):
+            for surface, ticks in self._surfaces(session, stream, expected[0]):
                 position = emitted + size
-                if position == len(pts) or ticks < pts[position]:
+                if position == len(pts) or ticks < expected[position]:
                     continue
-                if ticks != pts[position]:
+                if ticks != expected[position]:
                     raise NvdecFailed(f"frame {chunk.first_frame + position} did not come")
                 if batch is None:
-                    with torch.cuda.stream(session.stream):
-                        batch = torch.empty(
-                            (capacity, height, width, 3),
-                            dtype=torch.uint8,
-                            device=self._device.torch_device(),
-                        )
+                    batch = session.empty_frames(capacity, height, width)
                 if convert is None:
                     convert = session.converter(surface, conversion, self._input_size)
                 convert(surface, batch, size)
@@ -243,35 +238,25 @@ class NvdecFrames:
                     break
         if emitted < len(pts):
             raise NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
-        numbers = decode.FrameNumbers(chunk)
-        for ticks in pts:
-            numbers.place(int(ticks))
-        self.problem = numbers.problem()
+        self.problem = decode.FrameNumbers(chunk).problem_when_complete()
 
     def _surfaces(
         self, session: NvdecSession, stream: VideoStream, origin: int
     ) -> Iterator[tuple[Any, int]]:
-        from av.bitstream import BitStreamFilterContext
-
-        name = _START_CODE_FILTERS.get(self._chunk.codec)
-        to_start_codes = BitStreamFilterContext(name, in_stream=stream) if name else None
-        # The filter repeats the parameter sets at IDR pictures only; a chunk may begin at another.
-        parameter_sets = _h264_parameter_sets(stream) if self._chunk.codec == "h264" else b""
+        to_start_codes = _start_codes(self._chunk.codec, stream)
+        # A chunk may begin at a picture before which packets do not repeat them.
+        prefix = to_start_codes.parameter_sets if to_start_codes else b""
         numbers = decode.FrameNumbers(self._chunk)
         for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
             if self._refers_past_the_keyframe(packet, origin):
                 continue
-            parts: list[Packet[Any] | None] = [packet]
             if packet is not None and to_start_codes is not None:
-                parts = [*to_start_codes.filter(packet)]
-            if packet is not None and parameter_sets:
-                parts[0] = _with_prefix(parameter_sets, parts[0])
-                parameter_sets = b""
-            for part in parts:
-                # Times are counted from the chunk's start, whatever a session did before.
-                ticks = 0 if part is None or part.pts is None else part.pts - origin
-                for surface, time in session.decode(part, ticks):
-                    yield surface, time + origin
+                packet = _converted(packet, to_start_codes, prefix)
+                prefix = b""
+            # Times are counted from the chunk's start, whatever a session did before.
+            ticks = 0 if packet is None or packet.pts is None else packet.pts - origin
+            for surface, time in session.decode(packet, ticks):
+                yield surface, time + origin
         if numbers.errors:
             raise NvdecFailed(f"reading broke off: {numbers.last_error}")
 
@@ -300,26 +285,24 @@ class NvdecFrames:
         )
 
 
-def _h264_parameter_sets(stream: VideoStream) -> bytes:
-    """The sequence's and pictures' parameters of an MP4 or Matroska file, with start codes."""
-    header = bytes(stream.codec_context.extradata or b"")
-    if len(header) < 7 or header[0] != 1:
-        return b""
-    result, position = b"", 5
-    for mask in (0x1F, 0xFF):
-        count, position = header[position] & mask, position + 1
-        for _ in range(count):
-            size = int.from_bytes(header[position : position + 2], "big")
-            result += b"\x00\x00\x00\x01" + header[position + 2 : position + 2 + size]
-            position += 2 + size
-    return result
+def _start_codes(codec: str, stream: VideoStream) -> StartCodes | None:
+    if codec not in ("h264", "hevc"):
+        return None
+    try:
+        return StartCodes(codec, bytes(stream.codec_context.extradata or b""))
+    except ValueError as error:
+        raise NvdecFailed(str(error)) from error
 
 
-def _with_prefix(prefix: bytes, packet: Packet[Any] | None) -> Packet[Any]:
+def _converted(packet: Packet[Any], to_start_codes: StartCodes, prefix: bytes) -> Packet[Any]:
     import av
 
-    if packet is None:
-        raise AssertionError("there is nothing to put the parameters before")
-    joined = av.Packet(prefix + bytes(packet))
+    try:
+        data = to_start_codes.convert(memoryview(packet))
+    except ValueError as error:
+        raise NvdecFailed(str(error)) from error
+    if data is None and not prefix:
+        return packet
+    joined = av.Packet(prefix + (bytes(packet) if data is None else data))
     joined.pts, joined.dts, joined.is_keyframe = packet.pts, packet.dts, packet.is_keyframe
     return joined

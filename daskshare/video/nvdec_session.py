@@ -7,13 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from daskshare.config import VideoOptions
+from daskshare.kernels.capture import CAPTURE_GATE
 from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 
 if TYPE_CHECKING:
     import torch
     from av.packet import Packet
 
-__all__ = ["BIT_DEPTHS", "CODECS", "NvdecFailed", "NvdecSession", "SessionKey", "capabilities"]
+__all__ = [
+    "BIT_DEPTHS",
+    "CODECS",
+    "NvdecFailed",
+    "NvdecSession",
+    "SessionKey",
+    "capabilities",
+    "session_limit",
+]
 
 # Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
 CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
@@ -60,6 +70,28 @@ def capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int
     )
 
 
+def session_limit(key: SessionKey) -> tuple[int, int]:
+    """What the sessions of a key share, a device, and how many of them may be in use at once.
+
+    A session needs its memory whether or not the chip gets to it: three for every two of its
+    decoding engines keep them all busy.
+    """
+    wanted = VideoOptions.from_config().decoder_sessions
+    if wanted is None:
+        engines = capabilities(key.device_index, key.codec, key.bit_depth)["num_decoder_engines"]
+        wanted = max(2, 3 * engines // 2)
+    return key.device_index, wanted
+
+
+@functools.cache
+def _frames_stream(device_index: int) -> torch.cuda.Stream:
+    # Torch keeps freed memory for the stream on which it was taken: taken on their own, each of
+    # a dozen sessions would keep some.
+    import torch
+
+    return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
+
+
 class NvdecSession:
     """One NVDEC session with its own CUDA stream."""
 
@@ -70,7 +102,8 @@ class NvdecSession:
 
         self.key = key
         self._base = self._latest = 0
-        with torch.cuda.device(key.device_index):
+        self._open = False
+        with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
             self._decoder = PyNvVideoCodec.CreateDecoder(
@@ -96,11 +129,30 @@ class NvdecSession:
             data.pts = self._base + ticks
             self._latest = max(self._latest, data.pts)
             data.key = int(packet.is_keyframe)
+        if self._open:
+            surfaces = self._decoder.Decode(data)
+        else:
+            # The decoder takes its memory while it sees the first pictures.
+            with CAPTURE_GATE.disturbing():
+                surfaces = self._decoder.Decode(data)
+            self._open = bool(surfaces)
+        base = self._base
         return [
-            (surface, int(surface.timestamp) - self._base)
-            for surface in self._decoder.Decode(data)
-            if surface.timestamp >= self._base
+            (surface, ticks - base) for surface in surfaces if (ticks := surface.timestamp) >= base
         ]
+
+    def empty_frames(self, count: int, height: int, width: int) -> torch.Tensor:
+        """Memory for RGB frames, uint8 (count, height, width, 3), to be filled on the stream."""
+        import torch
+
+        index = self.key.device_index
+        with torch.cuda.device(index):
+            consumer = torch.cuda.current_stream()
+            with torch.cuda.stream(_frames_stream(index)):
+                frames = torch.empty((count, height, width, 3), dtype=torch.uint8, device="cuda")
+        for stream in (self.stream, consumer):
+            frames.record_stream(stream)
+        return frames
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
@@ -171,4 +223,5 @@ class NvdecSession:
     def close(self) -> None:
         """Give the decoder's surfaces back, after the kernels that still read them."""
         self.stream.synchronize()
-        self._decoder = None
+        with CAPTURE_GATE.disturbing():
+            self._decoder = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
@@ -40,6 +40,11 @@ class SessionPool(Generic[K, S]):
     idle_seconds : float
         Sessions idle for longer are closed, so that a worker that is done gives the device's
         memory back.
+    limit : callable, optional
+        From a key to (what its sessions share, how many of that may be in use at once).
+    patience_seconds : float
+        Who has waited for so long while no session came back gets one beyond the limit: whoever
+        reads several videos side by side may hold them all.
 
     Notes
     -----
@@ -48,12 +53,23 @@ class SessionPool(Generic[K, S]):
     """
 
     def __init__(
-        self, create: Callable[[K], S], *, max_idle: int = 16, idle_seconds: float = 30.0
+        self,
+        create: Callable[[K], S],
+        *,
+        max_idle: int = 16,
+        idle_seconds: float = 30.0,
+        limit: Callable[[K], tuple[Hashable, int]] | None = None,
+        patience_seconds: float = 5.0,
     ) -> None:
         self._create = create
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
+        self._limit = limit
+        self._patience_seconds = patience_seconds
         self._lock = threading.Lock()
+        self._returned = threading.Condition(self._lock)
+        self._in_use: Counter[Hashable] = Counter()
+        self._last_return_seconds: dict[Hashable, float] = {}
         # Oldest first.
         self._idle: OrderedDict[int, tuple[K, S, float]] = OrderedDict()
         self._timer: threading.Timer | None = None
@@ -72,18 +88,19 @@ class SessionPool(Generic[K, S]):
         ------
         Session
         """
-        session = self._take(key)
-        if session is None:
-            session = self._create(key)
-            with self._lock:
-                self.opened += 1
-        try:
-            yield session
-            session.drain()
-        except BaseException:
-            session.close()
-            raise
-        self._keep(key, session)
+        with self._turn(key):
+            session = self._take(key)
+            if session is None:
+                session = self._create(key)
+                with self._lock:
+                    self.opened += 1
+            try:
+                yield session
+                session.drain()
+            except BaseException:
+                session.close()
+                raise
+            self._keep(key, session)
 
     def close_idle(self) -> None:
         """Close every session that nobody uses."""
@@ -95,6 +112,29 @@ class SessionPool(Generic[K, S]):
                 self._timer = None
         for session in left:
             session.close()
+
+    @contextmanager
+    def _turn(self, key: K) -> Iterator[None]:
+        if self._limit is None:
+            yield
+            return
+        shared, most = self._limit(key)
+        with self._returned:
+            begin_seconds = time.monotonic()
+            while self._in_use[shared] >= most:
+                last_seconds = max(begin_seconds, self._last_return_seconds.get(shared, 0.0))
+                left_seconds = last_seconds + self._patience_seconds - time.monotonic()
+                if left_seconds <= 0:
+                    break
+                self._returned.wait(left_seconds)
+            self._in_use[shared] += 1
+        try:
+            yield
+        finally:
+            with self._returned:
+                self._in_use[shared] -= 1
+                self._last_return_seconds[shared] = time.monotonic()
+                self._returned.notify_all()
 
     def _take(self, key: K) -> S | None:
         with self._lock:

@@ -76,6 +76,19 @@ def test_batches_are_padded_to_preferred_sizes():
     assert [batcher().padded_size(n) for n in (1, 3, 8)] == [1, 3, 8]
 
 
+def test_the_sizes_may_change_later():
+    b = batcher(batch_sizes=(1, 4, 16), max_batch_size=8)
+    b.set_batch_sizes([2])
+    assert [b.padded_size(n) for n in range(1, 9)] == [2, 2, 8, 8, 8, 8, 8, 8]
+    b.set_ceiling(6)
+    assert [b.padded_size(n) for n in (1, 3)] == [2, 6]
+    b.set_batch_sizes([])
+    assert [b.padded_size(n) for n in (1, 3)] == [6, 6]
+    for wrong in ([0], [9]):
+        with pytest.raises(ConfigurationError, match="expected 1 to 8"):
+            b.set_batch_sizes(wrong)
+
+
 def test_full_queue_refuses_and_changes_nothing():
     b = batcher(max_queue_items=8)
     assert b.admit("a", 6, 0.0)

@@ -75,6 +75,7 @@ BAD = [
     ("video.frames-per-request", 0),
     ("video.requests-in-flight", 1.5),
     ("video.decoder", "ffmpeg"),
+    ("video.decoder-sessions", 0),
     ("models.fused-kernels", "torch"),
     ("models.fused-kernels", None),
 ]
@@ -101,6 +102,7 @@ GOOD = [
     ("share.close-timeout", "1 minute", "close_timeout_seconds", 60.0),
     ("video.chunk-duration", "1.5h", "chunk_seconds", 5400.0),
     ("video.decoder", "pyav", "decoder", "pyav"),
+    ("video.decoder-sessions", 6, "decoder_sessions", 6),
     ("models.fused-kernels", "auto", "fused_kernels", "auto"),
     ("models.fused-kernels", False, "fused_kernels", False),
 ]

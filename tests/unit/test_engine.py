@@ -592,11 +592,38 @@ def test_failing_to_compile_leaves_the_eager_model(start, caplog):
     assert "no compiler" in caplog.text
 
 
-def test_close_does_not_wait_for_a_compiler(start, caplog):
-    release = threading.Event()
+def test_the_compiler_waits_for_the_first_result(start):
+    compiled = threading.Event()
     program = FakeProgram()
-    program.compiled = lambda batch_size: release.wait(TIMEOUT) and None
+    program.compiled = lambda batch_size: compiled.set()
     engine, _ = start(program, compile=True)
+    first = hold(program, engine)
+    assert not engine.wait_compiled(1.0)
+    assert not compiled.is_set()
+    program.gate.set()
+    first.result(TIMEOUT)
+    assert compiled.wait(TIMEOUT)
+
+
+def test_an_engine_that_ends_early_compiles_nothing(start):
+    program = FakeProgram()
+    program.compiled = lambda batch_size: pytest.fail("compiled")
+    engine, _ = start(program, compile=True)
+    engine.close(timeout_seconds=TIMEOUT)
+    assert engine.stats().compile_error == ""
+
+
+def test_close_does_not_wait_for_a_compiler(start, caplog):
+    begun, release = threading.Event(), threading.Event()
+
+    def compile(batch_size):
+        begun.set()
+        release.wait(TIMEOUT)
+
+    program = FakeProgram()
+    program.compiled = compile
+    engine, _ = start(program, compile=True)
+    assert begun.wait(TIMEOUT)
     engine.close(timeout_seconds=0.05)
     assert "daskshare-compile-fake" in caplog.text
     release.set()

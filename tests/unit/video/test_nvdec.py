@@ -40,6 +40,9 @@ class StandInSession:
         frames = self.context.decode(packet)
         return [(SimpleNamespace(frame=f), f.pts) for f in frames if f.pts not in self.drop]
 
+    def empty_frames(self, count, height, width):
+        return torch.empty((count, height, width, 3), dtype=torch.uint8)
+
     def converter(self, surface, conversion, input_size):
         def convert(surface, batch, position):
             out = batch[position]

@@ -128,3 +128,49 @@ def test_many_threads_never_share_one(make):
     with ThreadPoolExecutor(16) as threads:
         list(threads.map(work, range(400)))
     assert 1 <= pool.opened <= 16
+
+
+def in_thread(pool, key):
+    """Use a session in a thread until told to stop; what to wait for and how to stop."""
+    inside, stop = threading.Event(), threading.Event()
+
+    def run():
+        with pool.use(key):
+            inside.set()
+            assert stop.wait(TIMEOUT)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return inside, stop, thread
+
+
+def test_no_more_than_the_limit_are_in_use(make):
+    pool = make(limit=lambda key: (key[0], 1), patience_seconds=1000.0)
+    with pool.use("a1"), pool.use("b1"):
+        inside, stop, thread = in_thread(pool, "a2")
+        stop.set()
+        # It can only come in after the other's end, which is below.
+        assert not inside.is_set()
+    assert inside.wait(TIMEOUT)
+    thread.join(TIMEOUT)
+    assert pool.opened == 3
+
+
+def test_a_failure_makes_room_too(make):
+    pool = make(limit=lambda key: ("all", 1), patience_seconds=1000.0)
+    with pytest.raises(RuntimeError), pool.use("a"):
+        raise RuntimeError
+    with pool.use("a"):
+        pass
+
+
+def test_who_reads_several_videos_side_by_side_gets_more_than_the_limit(make):
+    pool = make(limit=lambda key: ("all", 1), patience_seconds=0.05)
+    with pool.use("a") as first, pool.use("a") as second:
+        assert first is not second
+    # Beyond the limit was an exception.
+    with pool.use("a"):
+        inside, stop, thread = in_thread(pool, "a")
+        assert inside.wait(TIMEOUT)
+        stop.set()
+        thread.join(TIMEOUT)

@@ -1,0 +1,96 @@
+"""CUDA graphs captured in a process whose other threads use the device meanwhile.
+
+What waits for the whole device, as opening or closing a video decoder does, makes every capture
+under way in the process invalid. What daskshare itself does of that kind is kept apart from
+captures by :data:`CAPTURE_GATE`; what others do is told by :func:`was_disturbed`, and the capture
+is tried again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["CAPTURE_GATE", "CaptureGate", "was_disturbed"]
+
+
+class CaptureGate:
+    """Lets one thread capture, or any number do what would disturb a capture.
+
+    Notes
+    -----
+    Thread-safe. A thread may enter :meth:`disturbing` again while it is inside.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._capturing = False
+        self._waiting_captures = 0
+        self._disturbing = 0
+        self._mine = threading.local()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Hold the gate for a capture."""
+        with self._changed:
+            self._waiting_captures += 1
+            self._changed.wait_for(lambda: not self._capturing and not self._disturbing)
+            self._waiting_captures -= 1
+            self._capturing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._capturing = False
+                self._changed.notify_all()
+
+    @contextmanager
+    def disturbing(self) -> Iterator[None]:
+        """Hold the gate, with others, for what would disturb a capture."""
+        depth = getattr(self._mine, "depth", 0)
+        if not depth:
+            with self._changed:
+                # Captures are rare and short: whoever waits for one is not kept waiting.
+                self._changed.wait_for(lambda: not self._capturing and not self._waiting_captures)
+                self._disturbing += 1
+        self._mine.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._mine.depth = depth
+            if not depth:
+                with self._changed:
+                    self._disturbing -= 1
+                    self._changed.notify_all()
+
+
+#: Of this process.
+CAPTURE_GATE = CaptureGate()
+
+_INVALIDATED = ("cudaErrorStreamCaptureInvalidated", "due to a previous error during capture")
+_FORBIDDEN = ("cudaErrorStreamCaptureUnsupported", "not permitted when stream is capturing")
+
+
+def was_disturbed(error: BaseException) -> bool:
+    """Whether a capture failed by something that another thread did.
+
+    Parameters
+    ----------
+    error : BaseException
+        What the capture raised.
+
+    Returns
+    -------
+    bool
+        False when what was captured did something that a capture does not allow: it would fail
+        again.
+    """
+    texts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and len(texts) < 20:
+        texts.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return any(sign in text for sign in _INVALIDATED for text in texts) and not any(
+        sign in text for sign in _FORBIDDEN for text in texts
+    )

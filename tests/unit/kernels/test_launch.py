@@ -1,0 +1,58 @@
+"""What the driver is handed, with a function of Python's in its place."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from daskshare.kernels import launch
+from daskshare.kernels.launch import KernelLaunch, LaunchError
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What a stand-in for the driver was called with; its answer is ``calls.answer``."""
+    found = SimpleNamespace(made=[], answer=0)
+
+    def stand_in(function, *sizes_and_rest):
+        *sizes, shared_bytes, stream, addresses, extra = sizes_and_rest
+        pointers = [ctypes.c_uint64.from_address(addresses[i]).value for i in range(2)]
+        constant = ctypes.string_at(addresses[2], 5)
+        found.made.append((function, sizes, shared_bytes, stream, pointers, constant, extra))
+        return found.answer
+
+    monkeypatch.setattr(launch, "_driver", lambda: stand_in)
+    return found
+
+
+@pytest.fixture
+def kernel():
+    return SimpleNamespace(kernel=SimpleNamespace(ptr=77), name="blur")
+
+
+def test_arguments_reach_the_driver(calls, kernel):
+    queue = KernelLaunch(
+        kernel, (3, 2, 1), (32, 8, 1), num_pointers=2, constant=b"plan\0", stream=9
+    )
+    queue(2**40, 5)
+    queue(6, 7)
+    assert calls.made == [
+        (77, [3, 2, 1, 32, 8, 1], 0, 9, pointers, b"plan\0", None)
+        for pointers in ([2**40, 5], [6, 7])
+    ]
+
+
+def test_a_refused_launch_is_an_error(calls, kernel):
+    calls.answer = 700
+    queue = KernelLaunch(kernel, (1, 1, 1), (1, 1, 1), num_pointers=2, constant=b"plan\0", stream=0)
+    with pytest.raises(LaunchError, match="700 for blur"):
+        queue(1, 2)
+
+
+def test_the_number_of_pointers_is_checked(calls, kernel):
+    queue = KernelLaunch(kernel, (1, 1, 1), (1, 1, 1), num_pointers=2, constant=b"plan\0", stream=0)
+    with pytest.raises(ValueError, match="zip"):
+        queue(1)
+    assert calls.made == []
