@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,21 +114,22 @@ class PartWriter:
         self.num_rows = 0
         self.class_counts: dict[str, int] = {}
         self._partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        self._file: Any = None
         self._writer: pq.ParquetWriter | None = None
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_rows = 0
 
     def __enter__(self) -> Self:
         try:
-            self._file = self._partial.open("wb")
+            # Arrow's own file: through one of Python's, each page would wait for the interpreter.
+            self._writer = pq.ParquetWriter(
+                str(self._partial), DETECTIONS_SCHEMA, compression="zstd"
+            )
         except OSError as error:
             raise OutputError(
                 f"Cannot write {self.path}: {error}. The output folder must be on a file system "
                 "that this client and all workers share, and be writable to them.",
                 path=str(self.path),
             ) from error
-        self._writer = pq.ParquetWriter(self._file, DETECTIONS_SCHEMA, compression="zstd")
         return self
 
     def __exit__(
@@ -144,9 +145,6 @@ class PartWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Add rows; they belong behind those already written."""
@@ -183,9 +181,11 @@ class PartWriter:
                 self._writer.close()
                 self._writer = None
             # Without this a power cut may leave the new name with old (no) content.
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._close()
+            descriptor = os.open(self._partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             os.replace(self._partial, self.path)
         except OSError as error:
             raise OutputError(

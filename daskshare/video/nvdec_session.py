@@ -73,13 +73,13 @@ def capabilities(device_index: int, codec: str, bit_depth: int) -> dict[str, int
 def session_limit(key: SessionKey) -> tuple[int, int]:
     """What the sessions of a key share, a device, and how many of them may be in use at once.
 
-    A session needs its memory whether or not the chip gets to it: three for every two of its
-    decoding engines keep them all busy.
+    Each session takes memory, and each thread that decodes takes the interpreter from the others:
+    two more than the chip has decoding engines keep these busy.
     """
     wanted = VideoOptions.from_config().decoder_sessions
     if wanted is None:
         engines = capabilities(key.device_index, key.codec, key.bit_depth)["num_decoder_engines"]
-        wanted = max(2, 3 * engines // 2)
+        wanted = engines + 2
     return key.device_index, wanted
 
 
@@ -103,6 +103,8 @@ class NvdecSession:
         self.key = key
         self._base = self._latest = 0
         self._open = False
+        self._new_packet_data = PyNvVideoCodec.PacketData
+        self._packet_data = PyNvVideoCodec.PacketData()
         with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
@@ -120,10 +122,10 @@ class NvdecSession:
         Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
         the decoder at once: those that come during the next chunk are recognised and left out.
         """
-        import PyNvVideoCodec
-
-        data = PyNvVideoCodec.PacketData()
-        if packet is not None:
+        data = self._packet_data
+        if packet is None:
+            data = self._new_packet_data()
+        else:
             data.bsl = packet.size
             data.bsl_data = packet.buffer_ptr
             data.pts = self._base + ticks

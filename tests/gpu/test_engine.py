@@ -390,11 +390,62 @@ def test_swapping_the_compiled_model_in(start):
     assert engine.stats().mode == "compiled"
     # Captured for both slots before the first batch.
     assert engine.stats().graphs == 2
+    # Behind the runs that tell which sizes to pad to.
+    run(engine, frames(16))
     calls, eager = len(compiled_calls), program.forwards
     assert set(compiled_calls) == {16}
     for seed in range(4):
         assert_close(run(engine, frames(16, seed)), program.reference(frames(16, seed)))
     assert (len(compiled_calls), program.forwards) == (calls, eager)
+
+
+def slowly(batch):
+    torch.cuda._sleep(20_000_000)
+
+
+@pytest.mark.parametrize("slow", ["eager", "compiled"])
+def test_batches_are_padded_to_the_compiled_size_where_that_is_faster(start, slow):
+    program = ConvProgram()
+
+    def compile(batch_size):
+        def forward(batch):
+            if slow == "compiled":
+                slowly(batch)
+            return program.compute(batch)
+
+        return forward
+
+    program.compiled = compile
+    if slow == "eager":
+        program.hook = slowly
+    engine, _ = start(program, compile="auto")
+    run(engine, frames(4))
+    assert engine.wait_compiled(TIMEOUT)
+    run(engine, frames(16))
+    eager = program.forwards
+    assert_close(run(engine, frames(4, 1)), program.reference(frames(4, 1)))
+    assert (program.forwards == eager) == (slow == "eager")
+
+
+def test_a_disturbed_capture_is_tried_again(start, monkeypatch):
+    failures = []
+    capture = torch.cuda.graph
+
+    def disturbed_at_first(*args, **options):
+        if len(failures) < 2:
+            failures.append("disturbed")
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
+        return capture(*args, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", disturbed_at_first)
+    engine, program = start()
+    for seed in range(12):
+        assert_close(run(engine, frames(16, seed)), program.reference(frames(16, seed)))
+    assert failures == ["disturbed"] * 2
+    assert engine.stats().graph_error == ""
+    assert engine.stats().graphs == 2
 
 
 @pytest.mark.slow
