@@ -18,6 +18,10 @@ __all__ = ["HELD_AT", "HeldTask", "dependency_bytes"]
 #: No worker has this address, so Dask itself parks a task that is restricted to it ("no-worker").
 HELD_AT = "daskshare://held"
 
+# One set for all tasks: Dask replaces restrictions and never changes them in place, and a set for
+# each would make the garbage collector's rounds longer.
+_HELD = {HELD_AT}
+
 #: Deaths of workers in company after which a task runs alone.
 _DEATHS_IN_COMPANY = 2
 
@@ -79,14 +83,14 @@ class HeldTask:
 
     def hold(self, ts: TaskState) -> None:
         """Make Dask park the task as soon as its dependencies are there."""
-        ts.worker_restrictions = {HELD_AT}
+        ts.worker_restrictions = _HELD
         ts.host_restrictions = None
         ts.loose_restrictions = False
 
-    def send(self, ts: TaskState, worker: str) -> None:
-        """Let Dask run the task on ``worker`` and nowhere else."""
+    def send(self, ts: TaskState, worker: str, there: set[str]) -> None:
+        """Let Dask run the task on ``worker`` and nowhere else; ``there`` holds it alone."""
         # Restricted to one worker it is not stolen either.
-        ts.worker_restrictions = {worker}
+        ts.worker_restrictions = there
         self.worker = worker
         self.suspicious = ts.suspicious
 

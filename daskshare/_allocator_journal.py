@@ -23,8 +23,10 @@ class Journal:
     Parameters
     ----------
     scheduler : distributed.Scheduler
-        Whose topic "daskshare" gets an event for each round of decisions:
-        ``{"action": "decided", "decisions": [...]}``.
+        Whose topic "daskshare" gets an event for each round of decisions: ``{"action": "decided",
+        "decisions": [...], "dispatch_fields": [...], "dispatches": [...]}``. A decision is as
+        :func:`_describe` says. Dispatches, of which there are many, are rows of values:
+        ``dispatch_fields`` names them, as :class:`~daskshare.placement.Dispatch` does.
 
     Notes
     -----
@@ -37,16 +39,26 @@ class Journal:
 
     def write(self, decisions: list[Decision]) -> None:
         """Take down decisions that were carried out."""
-        told = []
+        told: list[dict[str, Any]] = []
+        dispatches: list[Dispatch] = []
         for decision in decisions:
-            told.append(_event(decision))
-            if isinstance(decision, Fail):
-                continue
+            if isinstance(decision, Dispatch):
+                dispatches.append(decision)
+            else:
+                told.append(_describe(decision))
+                if isinstance(decision, Fail):
+                    continue
             recent = self._recent.get(decision.worker)
             if recent is None:
                 recent = self._recent[decision.worker] = deque(maxlen=_KEPT)
             recent.append(decision)
-        self._scheduler.log_event(PLUGIN_NAME, {"action": "decided", "decisions": told})
+        event = {
+            "action": "decided",
+            "decisions": told,
+            "dispatch_fields": Dispatch._fields,
+            "dispatches": dispatches,
+        }
+        self._scheduler.log_event(PLUGIN_NAME, event)
 
     def forget(self, worker: str) -> None:
         """Drop what is kept of a worker."""
@@ -69,19 +81,3 @@ def _describe(decision: Decision) -> dict[str, Any]:
     if isinstance(decision, (Dispatch, Fail)):
         described["task"] = decision.task
     return described
-
-
-def _event(decision: Decision) -> dict[str, Any]:
-    """As :func:`_describe`; of dispatches, of which there are many, figures in place of words."""
-    if not isinstance(decision, Dispatch):
-        return _describe(decision)
-    return {
-        "kind": "dispatch",
-        "model": decision.model_key,
-        "reason": decision.cause,
-        "worker": decision.worker,
-        "task": decision.task,
-        "busy_seconds": decision.busy_seconds,
-        "frames_per_second": decision.frames_per_second,
-        "num_in_flight": decision.num_in_flight,
-    }

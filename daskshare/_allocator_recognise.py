@@ -50,6 +50,9 @@ _KINDS: dict[type, _Kind] = {
 }
 
 
+_FRAMELESS = frozenset({int, float, str, bytes, bool, type(None), list, tuple, dict, TaskRef})
+
+
 class ModelFinder:
     """Finds the shared model that a task's run_spec holds, if any.
 
@@ -67,9 +70,22 @@ class ModelFinder:
     def __init__(self) -> None:
         self._kinds = dict(_KINDS)
         self._seen: dict[int, Any] = {}
+        #: Models found as the first argument of the function below, which itself carries none.
+        self._models: set[int] = set()
+        self._func: Any = None
 
     def find(self, run_spec: Any) -> Any | None:
         """Return the first SharedModel in ``run_spec``, or None."""
+        if type(run_spec) is Task and run_spec.args:
+            # As in client.map and client.submit: one function, a model as its first argument.
+            first = run_spec.args[0]
+            if id(first) in self._models and run_spec.func is self._func:
+                return first
+            found = self._find(run_spec, 0)
+            if found is first and found is not None and not run_spec.kwargs:
+                self._models.add(id(first))
+                self._func = run_spec.func
+            return found
         return self._find(run_spec, 0)
 
     def _find(self, value: Any, depth: int) -> Any | None:
@@ -191,6 +207,6 @@ def known_frames(run_spec: Any) -> int | None:
         return None
     found = 0
     for argument in run_spec.args:
-        if hasattr(type(argument), "num_frames"):
+        if type(argument) not in _FRAMELESS and hasattr(type(argument), "num_frames"):
             found += argument.num_frames
     return found or None

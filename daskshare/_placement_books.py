@@ -322,6 +322,7 @@ class Replica:
         "missing_reports",
         "model",
         "num_bytes",
+        "observed",
         "rate",
         "reason",
         "since_seconds",
@@ -342,6 +343,8 @@ class Replica:
         self.last_used_seconds = now_seconds
         self.in_flight = 0
         self.missing_reports = 0
+        # Tasks whose duration was looked at, or passed over.
+        self.observed = 0
         self.rate = 0.0
         self.speed_class: SpeedClass | None = None
         # Key of its one valid entry in the speed class's heap.

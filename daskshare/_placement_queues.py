@@ -23,6 +23,9 @@ from daskshare._placement_types import PlacementOptions
 
 __all__ = ["Books"]
 
+#: The durations of so many tasks of a replica all say how fast it is, later one in so many.
+OBSERVED_FIRST = 32
+OBSERVED_ONE_IN = 8
 #: Dependencies that move faster than this are no reason to prefer a worker.
 SMALL_TRANSFER_SECONDS = 0.01
 
@@ -166,19 +169,25 @@ class Books:
 
     def observe(self, task: Task, now_seconds: float) -> None:
         """Learn a device's speed from a task that is done."""
-        assert task.replica is not None
+        replica = task.replica
+        assert replica is not None
         assert task.decision is not None
-        worker = task.replica.worker
+        replica.observed += 1
+        if replica.observed > OBSERVED_FIRST and replica.observed % OBSERVED_ONE_IN:
+            return
+        worker = replica.worker
         device = worker.device
         # Throughput is the number in flight over the time that one of them takes.
-        in_flight = sum(len(w.in_flight) for w in device.workers.values())
+        in_flight = len(worker.in_flight)
+        if len(device.workers) > 1:
+            in_flight = sum(len(w.in_flight) for w in device.workers.values())
         number = max(1.0, (in_flight + task.decision.num_in_flight) / 2)
         seconds = (now_seconds - task.sent_seconds) / number
         if self.speeds.observe(device, task.model, task.model.work_of(task), seconds):
             for sibling in device.workers.values():
-                replica = sibling.replicas.get(task.model.key)
-                if replica is not None:
-                    self.update_rate(replica)
+                there = sibling.replicas.get(task.model.key)
+                if there is not None:
+                    self.update_rate(there)
 
     def _classify(self, replica: Replica, rate: float) -> None:
         model = replica.model

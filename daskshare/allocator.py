@@ -73,6 +73,8 @@ class Allocator:
             scheduler, self.pool, self.kick, load_timeout_seconds=options.load_timeout_seconds
         )
         self._held: dict[Any, HeldTask] = {}
+        #: The restriction to each worker, shared by all tasks that are sent there.
+        self._only: dict[str, set[str]] = {}
         #: Tasks for which other workers may count as others come and go.
         self._changing: set[Key] = set()
         #: Tasks that no worker can serve; see _hand_over.
@@ -105,12 +107,18 @@ class Allocator:
         """Look for tasks that need a model among those of a new graph."""
         states, held = self._scheduler.tasks, self._held
         find = ModelFinder().find
+        # Tasks of a graph share their model, and its key may be a digest.
+        keys: dict[int, str] = {}
         for key in tasks:
             if key in held:
                 continue
             ts = states[key]
             handle = None if ts.run_spec is None else find(ts.run_spec)
-            model_key = None if handle is None else handle.key
+            model_key = None
+            if handle is not None:
+                model_key = keys.get(id(handle))
+                if model_key is None:
+                    model_key = keys[id(handle)] = handle.key
             if ts.annotations and "model" in ts.annotations:
                 named, named_handle = annotated_model(ts.annotations["model"])
                 if named is not None and named != model_key:
@@ -152,36 +160,41 @@ class Allocator:
         worker = held.worker
         if finish in ("memory", "erred"):
             self.pool.finish_task(held.key, ok=finish == "memory", now_seconds=now_seconds)
-            held.cleared()
+            if held.deaths or held.alone:
+                held.cleared()
         else:
             self.pool.forget_task(held.key, now_seconds=now_seconds)
         if worker is not None and worker not in self._scheduler.workers:
             self._deaths.setdefault(worker, []).append(held)
         held.restore(ts)
-        self.kick()
+        if not self._kicked:
+            self.kick()
 
     def _ready(self, held: HeldTask, ts: TaskState) -> None:
         """A task could run now if there were a place for it."""
-        if held.key in self.pool:
+        key = held.key
+        if key in self.pool:
             return
         allowed = held.allowed(self._scheduler) if held.restricted else None
         if self.workers.any_failed and self.workers.failed(allowed):
-            self._hopeless.append(held.key)
+            self._hopeless.append(key)
         self.pool.add_task(
-            held.key,
+            key,
             held.model_key,
             priority=ts.priority,
             frames=held.frames,
             workers=allowed,
             resources=ts.resource_restrictions or None,
-            dependency_bytes=dependency_bytes(ts),
+            dependency_bytes=dependency_bytes(ts) if ts.dependencies else None,
             alone=held.alone,
             now_seconds=time.monotonic(),
         )
-        self.kick()
+        if not self._kicked:
+            self.kick()
 
     def add_worker(self, ws: WorkerState) -> None:
         """Take in a worker that joined."""
+        self._only[ws.address] = {ws.address}
         self.workers.add(ws)
         self.workers.heartbeat(ws, ws.metrics.get(PLUGIN_NAME))
         self._workers_changed()
@@ -197,6 +210,7 @@ class Allocator:
                 if held.alone and not was_alone:
                     self._renew(held)
         self.workers.remove(address)
+        self._only.pop(address, None)
         self.journal.forget(address)
         self._workers_changed()
         self.loader.notify()
@@ -335,7 +349,8 @@ class Allocator:
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 held = self._held[decision.task]
-                held.send(scheduler.tasks[held.key], decision.worker)
+                worker = decision.worker
+                held.send(scheduler.tasks[held.key], worker, self._only[worker])
                 sent.append(held)
             elif isinstance(decision, Fail):
                 failed.append(decision)

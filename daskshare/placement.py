@@ -148,10 +148,18 @@ class GpuPool(WorkerEvents):
         bool
             False when the pool does not know it.
         """
-        task = self._books.tasks.get(key)
-        if ok and task is not None and task.replica is not None:
-            self._books.observe(task, self._at(now_seconds))
-        return self.forget_task(key, now_seconds=now_seconds)
+        books = self._books
+        task = books.tasks.pop(key, None)
+        if task is None:
+            return False
+        now = self._at(now_seconds)
+        if task.replica is None:
+            books.dequeue(task)
+            return True
+        if ok:
+            books.observe(task, now)
+        books.release(task, now)
+        return True
 
     def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
         """Take a task out, wherever it is: cancelled, released.

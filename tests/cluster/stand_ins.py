@@ -138,13 +138,24 @@ def books(client: Any) -> dict[str, Any]:
 
 def decisions(client: Any, model: SharedModel, kind: str = "dispatch") -> list[dict[str, Any]]:
     """What was decided about a model so far."""
-    return [
-        decision
-        for _, event in client.get_events(PLUGIN_NAME)
-        if isinstance(event, dict) and event.get("action") == "decided"
-        for decision in event["decisions"]
-        if decision["model"] == model.key and decision["kind"] == kind
-    ]
+    found = []
+    for _, event in client.get_events(PLUGIN_NAME):
+        if not isinstance(event, dict) or event.get("action") != "decided":
+            continue
+        found += [d for d in event["decisions"] if d["kind"] == kind]
+        if kind == "dispatch":
+            names = event["dispatch_fields"]
+            for row in event["dispatches"]:
+                dispatch = dict(zip(names, row, strict=True))
+                found.append(
+                    {
+                        **dispatch,
+                        "kind": kind,
+                        "model": dispatch["model_key"],
+                        "reason": dispatch["cause"],
+                    }
+                )
+    return [decision for decision in found if decision["model"] == model.key]
 
 
 def start_stand_ins(client: Any, devices: dict[Any, str], **options: Any) -> None:

@@ -51,7 +51,7 @@ def test_the_users_restrictions_come_back():
     held.hold(ts)
     assert ts.worker_restrictions == {HELD_AT}
     assert (ts.host_restrictions, ts.loose_restrictions) == (None, False)
-    held.send(ts, "tcp://c:1")
+    held.send(ts, "tcp://c:1", {"tcp://c:1"})
     assert ts.worker_restrictions == {"tcp://c:1"}
     assert held.worker == "tcp://c:1"
     held.hold(ts)
@@ -86,7 +86,7 @@ def test_preferred_workers_count_only_while_one_is_running(workers, expected):
 
 def die(held, ts, *, in_company):
     """What Dask does, then what the allocator makes of it."""
-    held.send(ts, "tcp://a:1")
+    held.send(ts, "tcp://a:1", {"tcp://a:1"})
     ts.suspicious += 1
     held.worker_died(ts, in_company=in_company)
 
@@ -108,7 +108,7 @@ def test_deaths_in_company_do_not_count_and_two_of_them_isolate():
 def test_a_worker_that_was_told_to_leave_is_no_death():
     ts = task_state()
     held = HeldTask(ts, "model")
-    held.send(ts, "tcp://a:1")
+    held.send(ts, "tcp://a:1", {"tcp://a:1"})
     held.worker_died(ts, in_company=False)
     assert (ts.suspicious, held.alone, held.deaths) == (0, False, 0)
 
