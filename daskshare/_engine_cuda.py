@@ -354,7 +354,7 @@ class CudaRunner:
         self._disturbed_captures += 1
         if was_disturbed(error) and self._disturbed_captures <= _MAX_DISTURBED_CAPTURES:
             self._capture_not_before = self._launches + 2**self._disturbed_captures
-            logger.info("Another thread disturbed the capture of a CUDA graph; it is tried again")
+            logger.info("Capturing a CUDA graph failed and is tried again: %s", error)
             return
         self.graph_error = f"{type(error).__name__}: {error}"
         logger.warning("No CUDA graph, the model runs eagerly: %s", self.graph_error)

@@ -68,12 +68,13 @@ class CaptureGate:
 #: Of this process.
 CAPTURE_GATE = CaptureGate()
 
-_INVALIDATED = ("cudaErrorStreamCaptureInvalidated", "due to a previous error during capture")
+# What a capture does not allow, and would not allow the next time either.
 _FORBIDDEN = ("cudaErrorStreamCaptureUnsupported", "not permitted when stream is capturing")
+_OF_THE_DRIVER = ("CUDA error", "cudaError", "CUDNN_STATUS", "error during capture")
 
 
 def was_disturbed(error: BaseException) -> bool:
-    """Whether a capture failed by something that another thread did.
+    """Whether a capture may have failed by something that another thread did.
 
     Parameters
     ----------
@@ -83,14 +84,14 @@ def was_disturbed(error: BaseException) -> bool:
     Returns
     -------
     bool
-        False when what was captured did something that a capture does not allow: it would fail
-        again.
+        True for errors of CUDA, unless one says that what was captured did something that a
+        capture does not allow: it would fail again.
     """
     texts: list[str] = []
     seen: BaseException | None = error
     while seen is not None and len(texts) < 20:
         texts.append(str(seen))
         seen = seen.__cause__ or seen.__context__
-    return any(sign in text for sign in _INVALIDATED for text in texts) and not any(
+    return any(sign in text for sign in _OF_THE_DRIVER for text in texts) and not any(
         sign in text for sign in _FORBIDDEN for text in texts
     )

@@ -74,12 +74,12 @@ def session_limit(key: SessionKey) -> tuple[int, int]:
     """What the sessions of a key share, a device, and how many of them may be in use at once.
 
     Each session takes memory, and each thread that decodes takes the interpreter from the others:
-    two more than the chip has decoding engines keep these busy.
+    one more than the chip has decoding engines keeps these busy.
     """
     wanted = VideoOptions.from_config().decoder_sessions
     if wanted is None:
         engines = capabilities(key.device_index, key.codec, key.bit_depth)["num_decoder_engines"]
-        wanted = engines + 2
+        wanted = engines + 1
     return key.device_index, wanted
 
 

@@ -29,6 +29,7 @@ def chained(*texts: str) -> BaseException:
         ([INVALID], True),
         (["Search for `cudaErrorStreamCaptureInvalidated' in the manual"], True),
         (["cuDNN: execution failed", INVALID], True),
+        (["CUDA error: invalid argument"], True),
         ([FORBIDDEN, INVALID], False),
         (["the model's outputs change their form"], False),
         ([FORBIDDEN], False),

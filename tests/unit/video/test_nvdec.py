@@ -6,6 +6,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import av
+import dask
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from daskshare.errors import VideoError
 from daskshare.kernels.colour import yuv420_to_rgb
 from daskshare.kernels.preprocess import letterbox_host, letterbox_torch
 from daskshare.video import nvdec
+from daskshare.video.nvdec_session import session_limit
 from daskshare.video.probe import probe_videos
 from daskshare.video.sessions import SessionPool
 
@@ -95,6 +97,15 @@ def sessions(monkeypatch, clips, library):
     monkeypatch.setattr(nvdec, "_sessions", pool)
     yield plan
     nvdec.close_idle_sessions()
+
+
+def test_as_many_sessions_as_keep_the_engines_busy(clips, library, tmp_path):
+    (chunk,) = probe_videos(clips.write(tmp_path / "a.mp4", frames=5))
+    key = nvdec._key(chunk, DEVICE)
+    library.caps["num_decoder_engines"] = 7
+    assert session_limit(key) == (DEVICE.index, 8)
+    with dask.config.set({"daskshare.video.decoder-sessions": 3}):
+        assert session_limit(key) == (DEVICE.index, 3)
 
 
 def frames_of(chunks, decoder="auto"):
