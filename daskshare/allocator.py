@@ -73,6 +73,7 @@ class Allocator:
             scheduler, self.pool, self.kick, load_timeout_seconds=options.load_timeout_seconds
         )
         self._held: dict[Any, HeldTask] = {}
+        self._find_held = self._held.get
         #: The restriction to each worker, shared by all tasks that are sent there.
         self._only: dict[str, set[str]] = {}
         #: Tasks for which other workers may count as others come and go.
@@ -139,7 +140,7 @@ class Allocator:
         # Called for each step of each task, so the common cases come first.
         if finish == "processing":
             return
-        held = self._held.get(key)
+        held = self._find_held(key)
         if held is None:
             return
         if start == "processing":

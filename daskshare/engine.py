@@ -38,10 +38,11 @@ _COMPILER_GRACE_SECONDS = 1.0
 # Enough to copy a batch in and launch it before the device runs dry.
 _LEAD_SECONDS = 0.003
 
-# A compiler would take the interpreter from the first batch: it waits so long for one to come, and
-# then so long for its results.
-_FIRST_REQUEST_SECONDS = 0.5
-_FIRST_RESULT_SECONDS = 60.0
+# A compiler would take the interpreter from the first batches and disturb their capture in graphs:
+# it waits for so many of them, looking this often whether any is on its way.
+_SETTLED_BATCHES = 4
+_SETTLING_STEP_SECONDS = 0.5
+_SETTLING_STEPS = 120
 
 _Launch = tuple[int, list[Segment], Group, int, int]
 _Forward = Callable[[torch.Tensor], Any]
@@ -120,7 +121,7 @@ class InferenceEngine:
         self._compiled: _Forward | None = None
         self._compile_error = ""
         self._compile_ended = threading.Event()
-        self._delivered = threading.Event()
+        self._settled = threading.Event()
         self._sizes_unmeasured = False
         compiling = options.compile is True or (options.compile == "auto" and device.is_cuda)
         if not compiling:
@@ -237,7 +238,7 @@ class InferenceEngine:
             self._closing = True
             self._queue.refuse(self._closed)
         self._compile_ended.set()
-        self._delivered.set()
+        self._settled.set()
         for thread in self._threads[:2]:
             thread.join(max(0.0, deadline - time.monotonic()))
         for thread in self._threads[2:]:
@@ -458,7 +459,8 @@ class InferenceEngine:
                 self._flights.popleft()
                 self._free_slot(landed.slot)
                 self._work.notify()
-        self._delivered.set()
+        if self._tally.batches >= _SETTLED_BATCHES:
+            self._settled.set()
         for request in complete:
             request.future.set_result(request.result())
 
@@ -469,8 +471,9 @@ class InferenceEngine:
         self._busy.set(len(self._free_slots) < self._num_slots)
 
     def _compile(self) -> None:
-        if not self._delivered.wait(_FIRST_REQUEST_SECONDS) and self._queue.requests:
-            self._delivered.wait(_FIRST_RESULT_SECONDS)
+        for _ in range(_SETTLING_STEPS):
+            if self._settled.wait(_SETTLING_STEP_SECONDS) or not self._queue.requests:
+                break
         size = self._batcher.padded_size(self._batcher.max_batch_size)
         try:
             if not self.alive:
