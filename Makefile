@@ -1,8 +1,9 @@
-# make demo | test | lint | docs | bench | clean.   Needs Python 3.11 to 3.13; everything else is installed
+# make demo | test | test-spark | lint | docs | bench | clean.   Needs Python 3.11 to 3.13; everything else is installed
 # into .venv on first use. Variables:
 #   PYTHON       the interpreter to build .venv from        make test PYTHON=python3.12
 #   GPU          auto (default), yes or no                  make demo GPU=no
 #   TORCH_INDEX  where torch's CPU build comes from, if pip's own sources do not have it
+#   SPARK        the pyspark that test-spark takes          make test-spark SPARK=3.5.7
 #   ARGS         further arguments of pytest or the demo    make test ARGS="tests/unit -x"
 
 VENV := .venv
@@ -10,15 +11,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 GPU ?= auto
+SPARK ?= 4.0.1
 # Without Java there is no Spark, and pyspark is 400 MB.
 comma := ,
 EXTRAS ?= dev$(if $(shell command -v java),$(comma)spark-connect)
 STAMP := $(VENV)/.installed
 # In an environment made for the CPU a GPU must not be chosen: what drives it is not installed.
-RUN = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1) $(VENV)/bin/python
+RUN_ENV = $(if $(filter cpu,$(shell cat $(STAMP))),CUDA_VISIBLE_DEVICES=-1)
+RUN = $(RUN_ENV) $(VENV)/bin/python
 BENCHMARKS := $(filter-out report,$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/*.py)))
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-spark lint docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -26,6 +29,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(ARGS)
+
+# What a pipeline of an older Spark does, beside the version that the other tests use. It goes into a
+# folder of its own, which comes first on Python's path.
+test-spark: $(STAMP)
+	[ -d $(VENV)/pyspark-$(SPARK) ] || $(VENV)/bin/python -m pip install -q \
+		--target $(VENV)/pyspark-$(SPARK) pyspark==$(SPARK)
+	PYTHONPATH=$(CURDIR)/$(VENV)/pyspark-$(SPARK) $(RUN_ENV) $(VENV)/bin/python -m pytest \
+		tests/spark/test_predict.py tests/spark/test_detect.py tests/spark/test_handoff.py $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -42,6 +42,13 @@ def missing() -> str:
     return ""
 
 
+def spark_version() -> tuple[int, int]:
+    import pyspark
+
+    major, minor = pyspark.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def pytest_collection_modifyitems(items):
     reason = missing()
     here = Path(__file__).parent
@@ -51,6 +58,10 @@ def pytest_collection_modifyitems(items):
             # pyspark's own, about versions and about Python's future.
             for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}:pyspark"))
+            if reason == "" and spark_version() < (4, 1):
+                # It leaves sockets to the garbage collector.
+                unraisable = "ignore::pytest.PytestUnraisableExceptionWarning"
+                item.add_marker(pytest.mark.filterwarnings(unraisable))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

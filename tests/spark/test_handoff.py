@@ -18,6 +18,12 @@ from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
 from tests.unit.video.conftest import write_clip
 
 
+@pytest.fixture
+def data_sources(spark):
+    """Skips where Spark is older than 4.0, which has none."""
+    pytest.importorskip("pyspark.sql.datasource", reason="this pyspark has no data sources")
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A small network, a clip, some images and what is neither, in one folder."""
@@ -50,7 +56,7 @@ def source(spark, files, **options):
     return reader
 
 
-def test_a_folder_of_videos_and_images(spark, files):
+def test_a_folder_of_videos_and_images(spark, files, data_sources):
     found = source(spark, files).load(str(files / "media"))
     assert found.columns == list(DETECTION_COLUMNS)
     frames = {(row.video, row.frame) for row in found.select("video", "frame").distinct().collect()}
@@ -58,7 +64,7 @@ def test_a_folder_of_videos_and_images(spark, files):
     assert frames == expected | {(str(files / "media" / "clip.mp4"), i) for i in range(20)}
 
 
-def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path):
+def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path, data_sources):
     (tmp_path / "bad.jpg").write_text("no image")
     (tmp_path / "bad.mp4").write_text("no video")
     rows = source(spark, files, errorColumn="why").load(str(tmp_path)).collect()
@@ -74,7 +80,7 @@ def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path):
         ({"weights": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_wrong_options_are_refused(spark, files, options, reason):
+def test_wrong_options_are_refused(spark, files, options, reason, data_sources):
     with pytest.raises(Exception, match=reason):
         source(spark, files, **options).load(str(files / "media")).count()
 
@@ -101,7 +107,7 @@ def test_what_is_no_table_is_refused(spark):
         to_spark(spark, dd.from_pandas(pd.DataFrame({"a": [1]}), npartitions=1))
 
 
-def test_detect_agrees_with_the_source(spark, files):
+def test_detect_agrees_with_the_source(spark, files, data_sources):
     from daskshare.client import yolov3
 
     yolo = yolov3(
