@@ -209,17 +209,17 @@ class CudaRunner:
             # A pool gives its memory back as a whole, and this graph may not be wanted.
             self._pool = None
         try:
-            best = min(self._replay_seconds(state, key) for _ in range(_TIMED_RUNS))
+            return min(self._replay_seconds(state, key) for _ in range(_TIMED_RUNS))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            best = math.inf
-        if not kept and known is None:
-            state.graphs.pop(key, None)
-            state.buffers.pop(key, None)
-            self._pool = pool
-            torch.cuda.empty_cache()
-        return best
+            return math.inf
+        finally:
+            if not kept and known is None:
+                state.graphs.pop(key, None)
+                state.buffers.pop(key, None)
+                self._pool = pool
+                torch.cuda.empty_cache()
 
     def _replay_seconds(self, state: _Slot, key: tuple[Group, int]) -> float:
         with torch.cuda.stream(self._compute):

@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,34 +202,42 @@ class FlightLink:
     ------
     ConnectionError
         When it cannot be reached in time.
+
+    Notes
+    -----
+    A machine that vanishes says nothing, and its stream would be waited for without end. So a
+    thread looks whether the endpoint still takes calls when an answer is late, and breaks the
+    stream off when it does not; a model may take as long as it likes.
     """
 
     shares_memory = False
 
     def __init__(self, location: str, options: FlightOptions) -> None:
         self.location = location
+        self._timeout_seconds = options.timeout_seconds
         self._unanswered: set[int] = set()
-        extra: dict[str, Any] = {}
+        self._heard_seconds = time.monotonic()
+        self._silent = False
+        self._ended = threading.Event()
+        self._extra: dict[str, Any] = {}
         if options.tls_ca is not None:
-            extra["tls_root_certs"] = Path(options.tls_ca).read_bytes()
-        headers = []
+            self._extra["tls_root_certs"] = Path(options.tls_ca).read_bytes()
+        self._headers = []
         if options.token is not None:
-            headers.append((_HEADER.encode(), f"Bearer {options.token}".encode()))
-        self._client = pyarrow.flight.FlightClient(location, **extra)
+            self._headers.append((_HEADER.encode(), f"Bearer {options.token}".encode()))
+        self._client = pyarrow.flight.FlightClient(location, **self._extra)
         descriptor = pyarrow.flight.FlightDescriptor.for_command(_COMMAND)
         try:
             # Nothing is sent before the first write; asking for actions tells whether it is there.
-            deadline = pyarrow.flight.FlightCallOptions(
-                timeout=options.timeout_seconds, headers=headers
-            )
-            list(self._client.list_actions(deadline))
+            self._ask(self._client, self._timeout_seconds)
             self._writer, self._reader = self._client.do_exchange(
-                descriptor, pyarrow.flight.FlightCallOptions(headers=headers)
+                descriptor, pyarrow.flight.FlightCallOptions(headers=self._headers)
             )
             self._writer.begin(_SCHEMA)
         except pa.ArrowException as error:
             self._client.close()
             raise _lost(location, error) from error
+        threading.Thread(target=self._watch, name="daskshare-flight-watch", daemon=True).start()
 
     def send(
         self, request: int, header: dict[str, Any], body: Any = (), segment: Segment | None = None
@@ -240,22 +249,25 @@ class FlightLink:
             body = [segment.memory]
         batch, metadata = _pack(request, header, body)
         if request:
+            if not self._unanswered:
+                self._heard_seconds = time.monotonic()
             self._unanswered.add(request)
         try:
             self._writer.write_with_metadata(batch, metadata)
         except pa.ArrowException as error:
-            raise _lost(self.location, error) from error
+            raise self._broken(error) from error
 
     def receive(self) -> tuple[int, dict[str, Any], memoryview] | None:
         """Wait for an answer."""
         try:
             message = _unpack(self._reader.read_chunk())
-            self._unanswered.discard(message[0])
-            return message
         except StopIteration:
             return None
         except pa.ArrowException as error:
-            raise _lost(self.location, error) from error
+            raise self._broken(error) from error
+        self._heard_seconds = time.monotonic()
+        self._unanswered.discard(message[0])
+        return message
 
     def has_ended(self) -> bool:
         """Say no: a stream tells only when it is used."""
@@ -263,6 +275,7 @@ class FlightLink:
 
     def close(self) -> None:
         """End the stream; what the endpoint still works on is dropped."""
+        self._ended.set()
         if self._unanswered:
             self._reader.cancel()
         try:
@@ -270,6 +283,32 @@ class FlightLink:
         except pa.ArrowException as error:
             logger.debug("The stream to %s had ended: %s", self.location, error)
         self._client.close()
+
+    def _ask(self, client: Any, timeout_seconds: float) -> None:
+        deadline = pyarrow.flight.FlightCallOptions(timeout=timeout_seconds, headers=self._headers)
+        list(client.list_actions(deadline))
+
+    def _watch(self) -> None:
+        # Half of the time until it asks, half for the answer; the next one may take as long again.
+        step_seconds = self._timeout_seconds / 4
+        while not self._ended.wait(step_seconds):
+            if self._unanswered and time.monotonic() - self._heard_seconds > step_seconds:
+                with pyarrow.flight.FlightClient(self.location, **self._extra) as client:
+                    try:
+                        self._ask(client, 2 * step_seconds)
+                    except pyarrow.flight.FlightError as error:
+                        logger.debug("%s takes no calls any more: %s", self.location, error)
+                        self._silent = True
+                        self._reader.cancel()
+                        return
+
+    def _broken(self, error: pa.ArrowException) -> Exception:
+        if self._silent:
+            return ConnectionError(
+                f"{self.location}: no answer, and no new call taken within "
+                f"{self._timeout_seconds / 2:g} s"
+            )
+        return _lost(self.location, error)
 
 
 def _lost(location: str, error: pa.ArrowException) -> Exception:

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import threading
 
 import cloudpickle
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions
 from daskshare.device import Device
 from daskshare.errors import ConfigurationError, HostError, InvalidInputError
-from daskshare.flight import FlightEndpoint, connect_flight
+from daskshare.flight import FlightEndpoint, FlightLink, connect_flight
 from daskshare.host import PredictSpec
 from daskshare.share import ModelShare
 from daskshare.testing import FakeSpec
@@ -55,6 +56,17 @@ def place(monkeypatch):
 
 def adding():
     return lambda x: x + 1
+
+
+RELEASED = threading.Event()
+
+
+def doubling_when_released():
+    def predict(x):
+        assert RELEASED.wait(30.0)
+        return x * 2
+
+    return predict
 
 
 def free_port():
@@ -140,6 +152,95 @@ def test_requests_go_on_at_the_next_endpoint_when_one_retires(place):
     locations.pop(0)
     assert model.infer(np.ones((1, 1))).tolist() == [[2.0]]
     assert second.report()["sessions"] == 1
+
+
+class Cable:
+    """A way to an endpoint that can be cut: afterwards it takes connections and moves nothing."""
+
+    def __init__(self, port):
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.location = f"grpc://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._open: list[socket.socket] = [self._listener]
+        self._cut = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self):
+        self._cut = True
+
+    def close(self):
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self._open.append(near)
+            if not self._cut:
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._open.append(far)
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._move, args=(source, target), daemon=True).start()
+
+    def _move(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self._cut:
+                    target.sendall(data)
+
+
+@pytest.fixture
+def cable():
+    cables = []
+
+    def make(endpoint):
+        cables.append(Cable(int(endpoint.location.rpartition(":")[2])))
+        return cables[-1]
+
+    yield make
+    for cable in cables:
+        cable.close()
+
+
+def test_requests_go_on_elsewhere_when_a_machine_vanishes(place, cable):
+    first, second = place.endpoint(allow_code=True), place.endpoint(allow_code=True)
+    way = cable(first)
+    client = place.client(way.location, second.location, timeout_seconds=2.0)
+    model = client.open(FakeSpec())
+    assert first.report()["sessions"] == 1
+    way.cut()
+    assert model.infer(np.ones((1, 1))).tolist() == [[2.0]]
+    assert second.report()["sessions"] == 1
+
+
+def test_nobody_left_is_an_error_that_names_the_address(place, cable):
+    way = cable(place.endpoint(allow_code=True))
+    model = place.client(way.location, timeout_seconds=2.0).open(FakeSpec())
+    way.cut()
+    with pytest.raises(HostError, match=way.location):
+        model.infer(np.ones((1, 1)))
+
+
+def test_a_slow_model_is_waited_for(place, monkeypatch):
+    asked = []
+    ask = FlightLink._ask
+
+    def release_after_three(link, client, timeout_seconds):
+        ask(link, client, timeout_seconds)
+        asked.append(link)
+        if len(asked) > 3:
+            RELEASED.set()
+
+    monkeypatch.setattr(FlightLink, "_ask", release_after_three)
+    client = place.client(place.endpoint(allow_code=True).location, timeout_seconds=1.0)
+    model = client.open(PredictSpec("slow", "slow", cloudpickle.dumps(doubling_when_released), 8))
+    assert model.infer([np.ones(1)]).tolist() == [2.0]
+    assert len(asked) > 3
 
 
 @pytest.fixture
