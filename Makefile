@@ -50,11 +50,14 @@ docs: $(STAMP)
 	$(RUN) -m sphinx -W --keep-going -q -d docs/_build/doctrees -b doctest docs docs/_build/doctest
 	@echo "open docs/_build/html/index.html"
 
+# Every benchmark that this machine can run (others say what they need), then one table of all bars.
 bench: $(STAMP)
+	@rm -rf bench-output
 	@for name in $(BENCHMARKS); do \
 		echo "== benchmarks.$$name"; \
 		$(RUN) -m benchmarks.$$name --json bench-output/$$name.json || exit 1; \
 	done
+	@$(RUN) -m benchmarks.report --bars $(BENCHMARKS:%=bench-output/%.json)
 
 clean:
 	rm -rf $(VENV) demo-output bench-output test-output docs/_build docs/generated build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

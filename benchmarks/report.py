@@ -26,7 +26,7 @@ from dask.system import CPU_COUNT
 from distributed.system import MEMORY_LIMIT
 from tabulate import tabulate
 
-__all__ = ["Bar", "Report", "argument_parser", "machine", "versions"]
+__all__ = ["Bar", "Report", "argument_parser", "bars_table", "machine", "versions"]
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -320,11 +320,46 @@ def _output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def bars_table(paths: Sequence[Path], *, table_format: str = "simple") -> str:
+    """One table of the bars of many reports; a file that is not there says "not run here".
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        JSON of benchmarks, named for them.
+    table_format : str
+        One of tabulate's.
+    """
+    lines: list[dict[str, Any]] = []
+    for path in paths:
+        if not path.exists():
+            lines.append({"benchmark": path.stem, "bar": "not run here"})
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        lines += [
+            {
+                "benchmark": report["benchmark"],
+                "bar": bar["name"],
+                "value": bar["value"],
+                "bound": f"{bar['comparison']} {bar['bound']:g}",
+                "unit": bar["unit"],
+                "holds": "yes" if bar["holds"] else "NO",
+            }
+            for bar in report["bars"]
+        ]
+    return tabulate(lines, headers="keys", tablefmt=table_format, floatfmt=".5g")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print finished reports as Markdown."""
+    """Print finished reports, or all their bars in one table."""
     parser = argparse.ArgumentParser(description="Print finished reports as Markdown tables.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON of a benchmark")
-    for path in parser.parse_args(arguments).files:
+    parser.add_argument("--bars", action="store_true", help="one table of all bars; no Markdown")
+    parsed = parser.parse_args(arguments)
+    if parsed.bars:
+        print(bars_table(parsed.files))
+        return 0
+    for path in parsed.files:
         report = json.loads(path.read_text(encoding="utf-8"))
         print(f"{render(report, table_format='github')}\n")
     return 0

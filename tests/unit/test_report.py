@@ -134,3 +134,18 @@ def test_finished_reports_print_as_markdown(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("|") and "tasks" in line for line in lines)
     assert any("speed" in line and "yes" in line for line in lines)
+
+
+def test_the_bars_of_many_reports_are_one_table(tmp_path, capsys):
+    report = Report("sharing")
+    report.add_bar("over copies", 3.4, "x", bound=2.2)
+    report.add_bar("memory", 60.0, "MB", bound=50, comparison="<")
+    report.write(tmp_path / "sharing.json")
+    files = [str(tmp_path / name) for name in ("sharing.json", "video.json")]
+    assert report_module.main(["--bars", *files]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:] == [
+        ["sharing", "over", "copies", "3.4", ">=", "2.2", "x", "yes"],
+        ["sharing", "memory", "60", "<", "50", "MB", "NO"],
+        ["video", "not", "run", "here"],
+    ]
