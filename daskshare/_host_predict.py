@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ __all__ = ["PredictEngine", "PredictProgram", "PredictSpec"]
 
 # A process has one working directory, and loaders may look for files in their caller's.
 _directory_lock = threading.Lock()
+# As is torch's number of threads for those to come.
+_torch_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +51,8 @@ class PredictSpec:
         Where the loader's modules are found, besides the usual places.
     directory : str
         Working directory while loading; "": the process's own.
+    concurrent_calls : int
+        Calls of ``predict`` that may run at once, in threads of one process.
     """
 
     name: str
@@ -56,6 +61,7 @@ class PredictSpec:
     max_batch_size: int
     paths: tuple[str, ...] = field(default=(), repr=False)
     directory: str = ""
+    concurrent_calls: int = 1
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PredictSpec) and other.key == self.key
@@ -119,6 +125,7 @@ class PredictProgram:
     def __init__(self, predict: Any, spec: PredictSpec) -> None:
         self.predict = predict
         self.max_batch_size = spec.max_batch_size
+        self.concurrent_calls = spec.concurrent_calls
         self.num_parameters = len(inspect.signature(predict).parameters)
 
     def start_engine(
@@ -126,7 +133,12 @@ class PredictProgram:
     ) -> PredictEngine:
         """Return an engine that calls ``predict``."""
         return PredictEngine(
-            self.predict, max_batch_size=self.max_batch_size, name=name, activity=activity
+            self.predict,
+            max_batch_size=self.max_batch_size,
+            name=name,
+            concurrent_calls=self.concurrent_calls,
+            share_cores=not device.is_cuda,
+            activity=activity,
         )
 
     def prepare(self, inputs: Any) -> Any:
@@ -156,16 +168,20 @@ class PredictEngine:
     max_batch_size : int
         Rows of one call at most, unless one caller brings more.
     name : str
-        For people, and of the thread.
+        For people, and of the threads.
+    concurrent_calls : int
+        Threads that call ``predict``.
+    share_cores : bool
+        Whether several threads divide torch's threads among them, instead of taking all each.
     activity : DeviceActivity, optional
         Where to count the time in which ``predict`` runs.
 
     Notes
     -----
-    Thread-safe. Exactly one thread, ``daskshare-engine-NAME``, calls ``predict``. It never waits
-    for more rows: what came in while it was busy makes the next call. When a call of several
-    callers' rows fails, or its result cannot be told apart, each caller's rows are run alone, so
-    that everybody gets what they would have got by themselves.
+    Thread-safe. Exactly one thread, ``daskshare-engine-NAME``, calls ``predict``, unless more are
+    asked for. None waits for more rows: what came in while it was busy makes the next call. When a
+    call of several callers' rows fails, or its result cannot be told apart, each caller's rows are
+    run alone, so that everybody gets what they would have got by themselves.
     """
 
     def __init__(
@@ -174,10 +190,13 @@ class PredictEngine:
         *,
         max_batch_size: int,
         name: str,
+        concurrent_calls: int = 1,
+        share_cores: bool = False,
         activity: DeviceActivity | None = None,
     ) -> None:
         self.name = name
         self._busy = Switch(activity, "busy")
+        self._num_running = 0
         self._predict = predict
         self._max_batch_size = max_batch_size
         self._lock = threading.Lock()
@@ -185,10 +204,16 @@ class PredictEngine:
         self._waiting: deque[_Call] = deque()
         self._closing = False
         self._tally = Tally()
-        self._thread = threading.Thread(
-            target=self._run, name=f"daskshare-engine-{name}", daemon=True
-        )
-        self._thread.start()
+        suffixes = ["", *(f"-{i}" for i in range(2, concurrent_calls + 1))]
+        self._threads = [
+            threading.Thread(target=self._run, name=f"daskshare-engine-{name}{suffix}", daemon=True)
+            for suffix in suffixes
+        ]
+        divided = share_cores and concurrent_calls > 1
+        with _torch_threads(concurrent_calls) if divided else contextlib.nullcontext() as begin:
+            self._begin = begin
+            for thread in self._threads:
+                thread.start()
 
     @property
     def alive(self) -> bool:
@@ -257,10 +282,12 @@ class PredictEngine:
             self._closing = True
             left = list(self._waiting)
             self._waiting.clear()
-            self._work.notify()
+            self._work.notify_all()
         for call in left:
             call.done.set_exception(self._closed())
-        self._thread.join(timeout_seconds)
+        deadline = time.monotonic() + timeout_seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _closed(self) -> EngineClosedError:
         return EngineClosedError(
@@ -269,12 +296,19 @@ class PredictEngine:
         )
 
     def _run(self) -> None:
+        if self._begin is not None:
+            self._begin()
         while calls := self._next():
-            self._busy.set(True)
+            self._count_running(1)
             if len(calls) == 1 or not self._together(calls):
                 for call in calls:
                     self._alone(call)
-            self._busy.set(False)
+            self._count_running(-1)
+
+    def _count_running(self, change: int) -> None:
+        with self._lock:
+            self._num_running += change
+            self._busy.set(self._num_running > 0)
 
     def _next(self) -> list[_Call]:
         with self._lock:
@@ -328,6 +362,31 @@ class PredictEngine:
     def _count(self, rows: int, started: float) -> None:
         with self._lock:
             self._tally.add(rows, rows, started, time.monotonic())
+
+
+@contextlib.contextmanager
+def _torch_threads(parts: int) -> Iterator[Callable[[], None]]:
+    """Divide torch's threads; yields what each of so many new threads calls first.
+
+    torch gives a new thread the number that was set last in any, so it is set back at the end.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    ready = threading.Barrier(parts + 1)
+
+    def begin() -> None:
+        # A thread's first look takes that number over, and must not come later.
+        torch.get_num_threads()
+        torch.set_num_threads(max(1, before // parts))
+        ready.wait()
+
+    with _torch_lock:
+        try:
+            yield begin
+            ready.wait()
+        finally:
+            torch.set_num_threads(before)
 
 
 def _split(result: Any, rows: Sequence[int]) -> list[Any] | None:

@@ -27,12 +27,13 @@ def predict_batch_udf(
     return_type: DataType,
     batch_size: int,
     input_tensor_shapes: list[list[int] | None] | Mapping[int, list[int]] | None = None,
+    concurrent_calls: int = 1,
 ) -> Any:
     """Use a model in Spark as ``pyspark.ml.functions.predict_batch_udf`` does, with one copy of it.
 
-    Same parameters, same results. ``make_predict_fn`` runs once for each device of a machine, in
-    the device's host, instead of once in each Python worker; and rows of concurrent tasks are put
-    together into calls of at most ``batch_size`` rows.
+    Same parameters and one more, same results. ``make_predict_fn`` runs once for each device of a
+    machine, in the device's host, instead of once in each Python worker; and rows of concurrent
+    tasks are put together into calls of at most ``batch_size`` rows.
 
     Parameters
     ----------
@@ -46,6 +47,12 @@ def predict_batch_udf(
         Rows of a call at most.
     input_tensor_shapes : list or mapping, optional
         Shapes of the rows of columns that hold flattened tensors.
+    concurrent_calls : int
+        Calls of ``predict`` that may run at once on a device, in threads of one process. One, as in
+        a Python worker of Spark, unless ``predict`` is known to be thread-safe: it must then write
+        to nothing that calls share, which the forward pass of a network in evaluation mode does
+        not. Without a GPU, as many as the machine has cores is fastest: torch's threads are divided
+        among the calls.
 
     Returns
     -------
@@ -55,7 +62,8 @@ def predict_batch_udf(
     Raises
     ------
     ConfigurationError
-        When ``make_predict_fn`` cannot be pickled, or carries more than 64 MiB.
+        When ``make_predict_fn`` cannot be pickled, or carries more than 64 MiB; when
+        ``concurrent_calls`` is no whole number of 1 or more.
 
     Notes
     -----
@@ -77,6 +85,11 @@ def predict_batch_udf(
     """
     from pyspark.ml.functions import predict_batch_udf as of_pyspark
 
+    if type(concurrent_calls) is not int or concurrent_calls < 1:
+        raise ConfigurationError(
+            f"Got concurrent_calls={concurrent_calls!r}; expected a whole number of 1 or more.",
+            option="concurrent_calls",
+        )
     try:
         # Not pyspark's own copy of cloudpickle: a host needs no pyspark.
         loader = cloudpickle.dumps(make_predict_fn)
@@ -89,7 +102,7 @@ def predict_batch_udf(
         ) from error
     name = getattr(make_predict_fn, "__qualname__", type(make_predict_fn).__qualname__)
     check_closure(f"make_predict_fn ({name})", len(loader))
-    remote = _RemotePredict(name, uuid.uuid4().hex, loader, batch_size)
+    remote = _RemotePredict(name, uuid.uuid4().hex, loader, batch_size, concurrent_calls)
     return of_pyspark(
         remote,
         return_type=return_type,
@@ -101,11 +114,14 @@ def predict_batch_udf(
 class _RemotePredict:
     """What pyspark calls in a Python worker for the predict function."""
 
-    def __init__(self, name: str, key: str, loader: bytes, max_batch_size: int) -> None:
+    def __init__(
+        self, name: str, key: str, loader: bytes, max_batch_size: int, concurrent_calls: int
+    ) -> None:
         self._name = name
         self._key = key
         self._loader = loader
         self._max_batch_size = max_batch_size
+        self._concurrent_calls = concurrent_calls
 
     def __call__(self) -> Callable[..., Any]:
         models: dict[str, HostedModel] = {}
@@ -138,4 +154,5 @@ class _RemotePredict:
             self._max_batch_size,
             paths=tuple(path for path in sys.path if path),
             directory=os.getcwd(),
+            concurrent_calls=self._concurrent_calls,
         )

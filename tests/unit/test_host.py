@@ -216,6 +216,39 @@ def test_only_the_caller_whose_rows_fail_gets_the_error():
     assert [array.tolist() for array in inputs] == [[0, 0], [1, 1], [2, 2]]
 
 
+def test_as_many_calls_run_at_once_as_were_asked_for_with_the_cores_divided():
+    import torch
+
+    from daskshare._host_predict import PredictEngine
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    together, threads = threading.Barrier(3), set()
+
+    def predict(x):
+        # Passed only while three calls run.
+        together.wait(TIMEOUT)
+        threads.add((threading.current_thread().name, torch.get_num_threads()))
+        return x
+
+    engine = PredictEngine(
+        predict, max_batch_size=2, name="mine", concurrent_calls=3, share_cores=True
+    )
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            calls = [pool.submit(engine.infer, [np.full(2, i)]) for i in range(6)]
+            assert [call.result(TIMEOUT).tolist() for call in calls] == [[i, i] for i in range(6)]
+        assert threads == {(f"daskshare-engine-mine{end}", 2) for end in ("", "-2", "-3")}
+        assert torch.get_num_threads() == 6
+        with ThreadPoolExecutor(1) as pool:
+            # Who comes later is not concerned.
+            assert pool.submit(torch.get_num_threads).result(TIMEOUT) == 6
+        assert engine.stats().frames == 12
+    finally:
+        torch.set_num_threads(before)
+        engine.close()
+
+
 def test_large_arrays_go_through_memory_that_is_used_again(place):
     place.serve()
     client = place.client(allow_code=True)
