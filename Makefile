@@ -36,7 +36,7 @@ test-spark: $(STAMP)
 	[ -d $(VENV)/pyspark-$(SPARK) ] || $(VENV)/bin/python -m pip install -q \
 		--target $(VENV)/pyspark-$(SPARK) pyspark==$(SPARK)
 	PYTHONPATH=$(CURDIR)/$(VENV)/pyspark-$(SPARK) $(RUN_ENV) $(VENV)/bin/python -m pytest \
-		tests/spark/test_predict.py tests/spark/test_detect.py tests/spark/test_handoff.py $(ARGS)
+		tests/spark -m short $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

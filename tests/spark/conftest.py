@@ -42,15 +42,25 @@ def missing() -> str:
     return ""
 
 
-def spark_version() -> tuple[int, int]:
+def spark_release():
+    """(3, 5), for example; (0, 0) without pyspark."""
+    if importlib.util.find_spec("pyspark") is None:
+        return 0, 0
     import pyspark
 
     major, minor = pyspark.__version__.split(".")[:2]
     return int(major), int(minor)
 
 
+#: For tests of what Spark 3 has not.
+needs_data_sources = pytest.mark.skipif(
+    spark_release() < (4, 0), reason="needs pyspark 4.0 or newer: Python data sources"
+)
+
+
 def pytest_collection_modifyitems(items):
     reason = missing()
+    leaves_sockets = spark_release() < (4, 1)
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
@@ -58,10 +68,10 @@ def pytest_collection_modifyitems(items):
             # pyspark's own, about versions and about Python's future.
             for kind in ("FutureWarning", "DeprecationWarning", "UserWarning"):
                 item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}:pyspark"))
-            if reason == "" and spark_version() < (4, 1):
-                # It leaves sockets to the garbage collector.
-                unraisable = "ignore::pytest.PytestUnraisableExceptionWarning"
-                item.add_marker(pytest.mark.filterwarnings(unraisable))
+            if leaves_sockets:
+                # Older releases leave closing the sockets of collect() to the garbage collector.
+                ignored = "ignore:unclosed <socket:ResourceWarning"
+                item.add_marker(pytest.mark.filterwarnings(ignored))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -56,6 +56,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.short
 def test_images_of_a_folder_with_one_load_for_all_tasks(spark, host, yolo, photos):
     images = spark.read.format("binaryFile").load(str(photos)).repartition(6)
     found = detect(images, yolo, input_col="content", key_cols=["path", "length"])
@@ -73,6 +74,7 @@ def test_images_of_a_folder_with_one_load_for_all_tasks(spark, host, yolo, photo
     assert host.report()["models"][yolo.key]["loads"] == 1
 
 
+@pytest.mark.short
 def test_videos_keep_their_key_columns_and_a_bad_one_its_reason(spark, yolo, tmp_path):
     clips = [write_clip(tmp_path / f"{i}.mp4", frames=20 + i) for i in range(3)]
     cameras = spark.createDataFrame(
@@ -96,6 +98,7 @@ def test_videos_keep_their_key_columns_and_a_bad_one_its_reason(spark, yolo, tmp
         detect(cameras, yolo, input_col="video").count()
 
 
+@pytest.mark.short
 def test_raw_frames(spark, yolo):
     frames = np.random.default_rng(0).integers(0, 256, (10, 48, 64, 3), dtype=np.uint8)
     df = spark.createDataFrame(
@@ -107,6 +110,7 @@ def test_raw_frames(spark, yolo):
     assert {row.frame for row in found.select("frame").distinct().collect()} == set(range(10))
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("way", ["foreachBatch", "file sink"])
 def test_a_stream_gives_each_image_once(spark, yolo, photos, tmp_path, way):
     images = (
@@ -139,6 +143,7 @@ def test_a_stream_gives_each_image_once(spark, yolo, photos, tmp_path, way):
     assert sorted(streamed.collect()) == sorted(at_once.collect())
 
 
+@pytest.mark.short
 def test_a_host_killed_in_the_middle_of_a_job_changes_nothing(spark, host, yolo, photos):
     images = spark.read.format("binaryFile").load(str(photos)).repartition(4).cache()
     expected = detect(images, yolo, input_col="content", key_cols=["path"]).count()

@@ -15,13 +15,8 @@ from daskshare.errors import ConfigurationError
 from daskshare.models.spec import DETECTION_COLUMNS
 from daskshare.spark import detect, register, to_dask, to_spark
 from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
+from tests.spark.conftest import needs_data_sources, spark_release
 from tests.unit.video.conftest import write_clip
-
-
-@pytest.fixture
-def data_sources(spark):
-    """Skips where Spark is older than 4.0, which has none."""
-    pytest.importorskip("pyspark.sql.datasource", reason="this pyspark has no data sources")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,9 @@ def source(spark, files, **options):
     return reader
 
 
-def test_a_folder_of_videos_and_images(spark, files, data_sources):
+@pytest.mark.short
+@needs_data_sources
+def test_a_folder_of_videos_and_images(spark, files):
     found = source(spark, files).load(str(files / "media"))
     assert found.columns == list(DETECTION_COLUMNS)
     frames = {(row.video, row.frame) for row in found.select("video", "frame").distinct().collect()}
@@ -64,7 +61,8 @@ def test_a_folder_of_videos_and_images(spark, files, data_sources):
     assert frames == expected | {(str(files / "media" / "clip.mp4"), i) for i in range(20)}
 
 
-def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path, data_sources):
+@needs_data_sources
+def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path):
     (tmp_path / "bad.jpg").write_text("no image")
     (tmp_path / "bad.mp4").write_text("no video")
     rows = source(spark, files, errorColumn="why").load(str(tmp_path)).collect()
@@ -72,6 +70,8 @@ def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path, dat
     assert all(row.why and row.class_id is None for row in rows)
 
 
+@pytest.mark.short
+@needs_data_sources
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -80,11 +80,12 @@ def test_files_that_cannot_be_read_give_their_reason(spark, files, tmp_path, dat
         ({"weights": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_wrong_options_are_refused(spark, files, options, reason, data_sources):
+def test_wrong_options_are_refused(spark, files, options, reason):
     with pytest.raises(Exception, match=reason):
         source(spark, files, **options).load(str(files / "media")).count()
 
 
+@pytest.mark.short
 @pytest.mark.filterwarnings("ignore:The inplace keyword")
 def test_a_table_of_dask_in_spark_and_back(spark, tmp_path):
     pdf = pd.DataFrame({"frame": range(100), "class_name": ["car", "bus"] * 50})
@@ -94,10 +95,18 @@ def test_a_table_of_dask_in_spark_and_back(spark, tmp_path):
     assert back["frame"].tolist() == list(range(100))
 
 
+@pytest.mark.short
 def test_what_detect_wrote_is_read_where_it_is(spark, tmp_path):
     (tmp_path / "detections").mkdir()
     pd.DataFrame({"video": ["a"], "frame": [3]}).to_parquet(tmp_path / "detections" / "0.parquet")
     assert to_spark(spark, tmp_path).first().frame == 3
+
+
+@pytest.mark.short
+@pytest.mark.skipif(spark_release() >= (4, 0), reason="pyspark 4.0 and newer has data sources")
+def test_a_spark_without_data_sources_is_told_what_to_use(spark):
+    with pytest.raises(ConfigurationError, match=r"expected pyspark 4\.0 or newer"):
+        register(spark)
 
 
 def test_what_is_no_table_is_refused(spark):
@@ -107,7 +116,8 @@ def test_what_is_no_table_is_refused(spark):
         to_spark(spark, dd.from_pandas(pd.DataFrame({"a": [1]}), npartitions=1))
 
 
-def test_detect_agrees_with_the_source(spark, files, data_sources):
+@needs_data_sources
+def test_detect_agrees_with_the_source(spark, files):
     from daskshare.client import yolov3
 
     yolo = yolov3(

@@ -64,6 +64,7 @@ def double(make, **options):
     return predict_batch_udf(make, return_type=DoubleType(), **{"batch_size": 5, **options})
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("given", [struct, col, str], ids=["struct", "column", "name"])
 def test_one_column_in_one_column_out(scalars, given):
     assert np.array_equal(column(scalars, double(make_identity), given("a")), DATA[:, 0])
@@ -78,6 +79,7 @@ def test_several_columns_for_one_input_are_refused(scalars):
         column(scalars, double(make_identity), "a", "b")
 
 
+@pytest.mark.short
 def test_a_struct_of_columns_is_one_input_of_rows(scalars):
     def make():
         return lambda rows: {"a1": rows[:, 0], "b1": rows[:, 1]}
@@ -89,6 +91,7 @@ def test_a_struct_of_columns_is_one_input_of_rows(scalars):
         columns(scalars, udf, "a", "b")
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
     "given",
     [lambda: [struct("a", "b")], lambda: [col("a"), col("b")], lambda: ["a", "b"]],
@@ -102,6 +105,7 @@ def test_two_columns_for_two_inputs(scalars, given):
     assert np.array_equal(columns(scalars, udf, *given())[["a1", "b1"]].to_numpy(), DATA[:, :2])
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("given", [struct, col, str], ids=["struct", "column", "name"])
 def test_no_call_gets_more_rows_than_the_batch_size(scalars, given):
     def make():
@@ -114,6 +118,7 @@ def test_no_call_gets_more_rows_than_the_batch_size(scalars, given):
     assert sizes.min() >= 1
 
 
+@pytest.mark.short
 def test_a_udf_keeps_its_model_and_a_new_one_loads_anew(scalars):
     def make():
         import random
@@ -166,6 +171,7 @@ def test_shapes_that_do_not_fit_scalar_columns_are_refused(scalars, shapes, reas
         column(scalars, udf, struct(*SCALARS))
 
 
+@pytest.mark.short
 def test_a_tensor_column(tensors):
     udf = double(make_row_sum, input_tensor_shapes=[[4]])
     assert np.array_equal(column(tensors, udf, struct("t1")), DATA.sum(axis=1))
@@ -193,6 +199,7 @@ def test_two_tensor_columns(tensors):
     assert np.array_equal(column(tensors, udf, "t1", "t2"), expected)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("shapes", [[None, None, None, None, [4]], {4: [4]}], ids=["list", "map"])
 def test_scalars_and_a_tensor(scalars, shapes):
     def make():
@@ -219,6 +226,7 @@ def make_by_rows():
     return lambda rows: [{"a1": value * 2, "b1": value * 3} for value in rows]
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("make", [make_by_columns, make_by_rows])
 def test_several_outputs(scalars, make):
     udf = predict_batch_udf(make, return_type=PAIR, batch_size=5)
@@ -235,6 +243,7 @@ def make_array_by_rows():
     return lambda xs, ys: [{"x2": x * 2, "y3": y * 3} for x, y in zip(xs, ys, strict=True)]
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("make", [make_array_by_columns, make_array_by_rows])
 def test_outputs_with_an_array(scalars, make):
     udf = predict_batch_udf(
@@ -278,6 +287,7 @@ def test_a_single_row(spark):
     assert df.select(udf("t1", "t2")).first()[0] == 9.0
 
 
+@pytest.mark.short
 @pytest.mark.parametrize(
     ("make", "return_type", "reason"),
     [
@@ -296,6 +306,7 @@ def test_results_that_do_not_fit_the_type_are_refused_as_by_pyspark(
         column(scalars, udf, "a")
 
 
+@pytest.mark.short
 def test_texts_in_and_out(spark):
     def make():
         return lambda texts: np.array([text.upper() for text in texts], object)
@@ -305,6 +316,7 @@ def test_texts_in_and_out(spark):
     assert sorted(column(df, udf, "name")) == ["BÜS", "CAR"]
 
 
+@pytest.mark.short
 def test_bytes_in(spark):
     def make():
         return lambda images: np.array([len(image) for image in images], np.int32)
@@ -314,6 +326,7 @@ def test_bytes_in(spark):
     assert sorted(column(df, udf, "image")) == [5, 100_000]
 
 
+@pytest.mark.short
 def test_what_the_users_code_raises_is_what_spark_reports(scalars):
     def make():
         def predict(rows):
@@ -331,6 +344,7 @@ def test_what_the_users_code_raises_is_what_spark_reports(scalars):
         column(scalars, double(make_failing), "a")
 
 
+@pytest.mark.short
 def test_all_tasks_of_a_machine_share_one_load_and_their_batches(scalars, host):
     def make():
         import os
