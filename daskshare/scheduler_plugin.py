@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Scheduler, SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
+from daskshare._allocator_endpoints import Endpoints
 from daskshare._allocator_requests import Requests
 from daskshare.allocator import Allocator
 from daskshare.config import AllocatorOptions
@@ -44,6 +45,8 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
         self._last_events: dict[str, dict[str, Any]] = {}
         #: None when ``daskshare.allocator.enabled`` is false.
         self.allocator: Allocator | None = None
+        #: None before :meth:`attach`.
+        self.endpoints: Endpoints | None = None
 
     def attach(self, scheduler: Scheduler) -> None:
         """Add the plugin to a running scheduler, in one step of its loop.
@@ -60,6 +63,7 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
             self.allocator.attach()
             # Called most of all hooks: without a step in between.
             self.transition = self.allocator.transition  # type: ignore[method-assign]
+        self.endpoints = Endpoints(scheduler, self.allocator)
         scheduler.handlers["daskshare_state"] = self.get_state
         scheduler.add_plugin(self, name=self.name)
         self.feed = Feed(scheduler, self._waiting_tasks)
@@ -136,6 +140,8 @@ class DaskshareSchedulerPlugin(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, **kwargs: Any) -> None:
         """Forget a worker that left."""
         self._last_events.pop(worker, None)
+        if self.endpoints is not None:
+            self.endpoints.forget(worker)
         if self.allocator is not None:
             self.allocator.remove_worker(worker)
 

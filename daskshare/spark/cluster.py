@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 import psutil
 
+from daskshare._allocator_endpoints import rank_endpoints
 from daskshare.config import FlightOptions
 from daskshare.errors import HostError
 from daskshare.flight import connect_flight
 from daskshare.host import HostAddress, HostClient, Link, SocketLink, connect
 from daskshare.spark.connection import task_device
 
+if TYPE_CHECKING:
+    from daskshare.models.spec import ModelSpec
+
 __all__ = ["connect_cluster", "find_endpoints"]
 
 
-def connect_cluster(scheduler: str, *, allow_code: bool = False) -> HostClient:
+def connect_cluster(
+    scheduler: str, *, model: ModelSpec | str | None = None, allow_code: bool = False
+) -> HostClient:
     """Return a client of a Dask cluster's workers.
 
     Parameters
     ----------
     scheduler : str
         Its address.
+    model : ModelSpec or str, optional
+        What the client is going to use: a device that has it is preferred.
     allow_code : bool
         Whether the client may hand over models as pickled code.
 
@@ -36,58 +42,71 @@ def connect_cluster(scheduler: str, *, allow_code: bool = False) -> HostClient:
     Notes
     -----
     Runs in a Python worker. The worker that serves this machine's device comes first, through
-    shared memory; then endpoints on this machine; then those with the fewest clients. When one
-    ends, the scheduler is asked anew, so that workers that were restarted are found.
+    shared memory; then endpoints as the scheduler ranks them. When one ends, or no longer answers,
+    the scheduler is asked anew, so that workers that were restarted are found.
     """
     device = task_device()
+    wanted = model if model is None or isinstance(model, str) else model.key
 
     def beside() -> Link | None:
         connection = connect(HostAddress(device))
         return None if connection is None else SocketLink(connection)
 
     return connect_flight(
-        lambda: find_endpoints(scheduler), scheduler, allow_code=allow_code, nearer=beside
+        lambda: find_endpoints(scheduler, wanted), scheduler, allow_code=allow_code, nearer=beside
     )
 
 
-def find_endpoints(scheduler: str) -> list[str]:
+def find_endpoints(scheduler: str, model: str | None = None) -> list[str]:
     """Ask a Dask scheduler for its workers' endpoints, best first.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address.
+    model : str, optional
+        Key or name of the model that is going to be used.
 
     Raises
     ------
     HostError
-        When it does not answer in time.
+        When it does not answer in time, or has no daskshare.
     """
     seconds = FlightOptions.from_config().timeout_seconds
     try:
-        workers = asyncio.run(_workers(scheduler, seconds))
+        return asyncio.run(_ask(scheduler, model, seconds))
     except (OSError, TimeoutError, ValueError) as error:
         raise HostError(
             f"The Dask scheduler at {scheduler} does not answer within {seconds:g} s "
             f"({type(error).__name__}: {error}). Check the address and that it runs.",
             address=scheduler,
         ) from error
-    mine = _own_addresses()
-    found = []
-    for worker in workers.values():
-        flight = (worker.get("metrics", {}).get("daskshare") or {}).get("flight")
-        if flight is not None:
-            away = urlsplit(flight["location"]).hostname not in mine
-            # Chance parts tasks that begin at the same time.
-            found.append((away, flight["sessions"], random.random(), flight["location"]))
-    return [location for *_, location in sorted(found)]
+    except ImportError as error:
+        raise HostError(
+            f"The Dask scheduler at {scheduler} has another daskshare, or none ({error}). Install "
+            "the same version there.",
+            address=scheduler,
+        ) from error
 
 
-async def _workers(scheduler: str, seconds: float) -> dict[str, Any]:
-    from distributed.core import rpc
+async def _ask(scheduler: str, model: str | None, seconds: float) -> list[str]:
+    from distributed.core import clean_exception, rpc
+    from distributed.protocol.pickle import dumps
     from distributed.security import Security
 
-    arguments = Security().get_connection_args("client")
+    security = Security().get_connection_args("client")
+    arguments = {"model": model, "hosts": sorted(_own_addresses())}
     async with asyncio.timeout(seconds):
-        async with rpc(scheduler, timeout=seconds, connection_args=arguments) as remote:
-            answer = await remote.identity(n_workers=-1)
-    workers: dict[str, Any] = answer["workers"]
-    return workers
+        async with rpc(scheduler, timeout=seconds, connection_args=security) as remote:
+            answer = await remote.run_function(
+                function=dumps(rank_endpoints), kwargs=dumps(arguments)
+            )
+    if answer["status"] != "OK":
+        _, exception, traceback = clean_exception(**answer)
+        assert exception is not None
+        raise exception.with_traceback(traceback)
+    found: list[str] = answer["result"]
+    return found
 
 
 def _own_addresses() -> set[str]:

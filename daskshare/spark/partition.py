@@ -75,7 +75,7 @@ class Partition:
             return HostClient(task_device(), allow_code=self._allow_code)
         from daskshare.spark.cluster import connect_cluster
 
-        return connect_cluster(self._scheduler, allow_code=self._allow_code)
+        return connect_cluster(self._scheduler, model=self._spec, allow_code=self._allow_code)
 
     def _windowed(
         self, client: HostClient, requests: Iterator[_Waiting]

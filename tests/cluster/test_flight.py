@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import dask.config
@@ -79,6 +80,36 @@ def test_a_cluster_that_is_gone_is_an_error_with_its_address_in_time(monkeypatch
         connect_cluster("tcp://127.0.0.1:9")
     assert caught.value.address == "tcp://127.0.0.1:9"
     assert time.monotonic() - started < TIMEOUT
+
+
+def test_a_scheduler_that_takes_connections_and_never_answers_is_named():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            dask.config.set({"daskshare.flight.timeout": "500ms"}),
+            pytest.raises(HostError, match=f"{address} does not answer within 0.5 s"),
+        ):
+            find_endpoints(address)
+
+
+def test_the_worker_that_has_the_model_is_preferred(served):
+    model = daskshare.share(load_scaled, name="scaled")
+    with Client(served) as client:
+        [holder] = daskshare.load(client, model)
+        pid = client.run(os.getpid)[holder]
+
+        def reported():
+            workers = client.scheduler_info(n_workers=-1)["workers"]
+            return model.key in workers[holder]["metrics"]["daskshare"]["models"]
+
+        assert wait_until(reported)
+    for wanted in (model.key, "scaled"):
+        locations = find_endpoints(served, wanted)
+        assert len(locations) == 2
+        with connect_flight(lambda found=locations: found, served) as remote:
+            assert remote.host["pid"] == pid
 
 
 def test_a_cluster_without_endpoints_says_what_to_set(client):

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cloudpickle
 import numpy as np
 import pytest
 
+from daskshare._flight_link import FlightLink
+from daskshare._host_predict import PredictProgram
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions
 from daskshare.device import Device
 from daskshare.errors import ConfigurationError, HostError, InvalidInputError
-from daskshare.flight import FlightEndpoint, FlightLink, connect_flight
+from daskshare.flight import FlightEndpoint, connect_flight
 from daskshare.host import PredictSpec
 from daskshare.share import ModelShare
 from daskshare.testing import FakeSpec
+
+#: Bound of every wait; nothing here should come near it.
+TIMEOUT = 60
 
 
 class Place:
@@ -56,17 +65,6 @@ def place(monkeypatch):
 
 def adding():
     return lambda x: x + 1
-
-
-RELEASED = threading.Event()
-
-
-def doubling_when_released():
-    def predict(x):
-        assert RELEASED.wait(30.0)
-        return x * 2
-
-    return predict
 
 
 def free_port():
@@ -154,6 +152,104 @@ def test_requests_go_on_at_the_next_endpoint_when_one_retires(place):
     assert second.report()["sessions"] == 1
 
 
+@pytest.fixture
+def deaf():
+    """An address that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"grpc://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_what_takes_connections_and_never_answers_is_named(place, deaf):
+    with pytest.raises(HostError, match=f"{deaf} does not answer within") as caught:
+        place.client(deaf, timeout_seconds=0.5)
+    assert caught.value.endpoints == [deaf]
+
+
+def test_time_is_left_for_the_others_when_the_first_does_not_answer(place, deaf):
+    endpoint = place.endpoint(allow_code=True)
+    client = place.client(deaf, deaf, endpoint.location, timeout_seconds=4.0)
+    assert client.open(FakeSpec()).infer(np.ones((1, 1))).tolist() == [[2.0]]
+
+
+def serve_until(locations, stop):
+    share = ModelShare(Device.cpu(), options=ShareOptions(), engine_options=EngineOptions())
+    options = FlightOptions(port=0, allow_code=True)
+    endpoint = FlightEndpoint(share, options, HostOptions(), host="127.0.0.1")
+    locations.put(endpoint.location)
+    stop.wait()
+
+
+@pytest.fixture
+def stoppable():
+    """An endpoint in a process of its own: its location and its pid."""
+    context = multiprocessing.get_context("spawn")
+    locations, stop = context.Queue(), context.Event()
+    process = context.Process(target=serve_until, args=(locations, stop))
+    process.start()
+    try:
+        yield locations.get(timeout=TIMEOUT), process.pid
+    finally:
+        process.kill()
+        process.join(TIMEOUT)
+
+
+def test_an_endpoint_that_was_killed_is_waited_for(place, stoppable):
+    location, pid = stoppable
+    endpoint = place.endpoint(allow_code=True)
+    # As while a nanny starts the worker again: the old one is still known, then none, then the new.
+    answers = [[location], [location], [], [endpoint.location]]
+    client = connect_flight(lambda: answers.pop(0), "cluster", allow_code=True)
+    place._stack.callback(client.close)
+    model = client.open(FakeSpec())
+    os.kill(pid, signal.SIGKILL)
+    assert model.infer(np.ones((1, 1))).tolist() == [[2.0]]
+    assert answers == []
+
+
+def test_closing_does_not_wait_for_a_machine_that_fell_silent(place, stoppable):
+    location, pid = stoppable
+    client = place.client(location, timeout_seconds=1.0)
+    assert client.open(FakeSpec()).infer(np.ones((1, 1))).tolist() == [[2.0]]
+    os.kill(pid, signal.SIGSTOP)
+    client.close()
+
+
+def test_a_slow_model_is_waited_for_as_long_as_its_machine_answers(place):
+    asked, answered = threading.Semaphore(0), threading.Event()
+
+    class Slow:
+        def __call__(self):
+            def predict(rows):
+                assert answered.wait(TIMEOUT)
+                return rows
+
+            return predict
+
+    probe = FlightLink._probe
+
+    def counting(self, timeout_seconds):
+        probe(self, timeout_seconds)
+        asked.release()
+
+    place._monkeypatch.setattr(FlightLink, "_probe", counting)
+    place._monkeypatch.setattr(PredictSpec, "load", lambda *_: PredictProgram(Slow()(), spec))
+    spec = PredictSpec("slow", "slow", b"", 8)
+    endpoint = place.endpoint(allow_code=True)
+    client = place.client(endpoint.location, timeout_seconds=1.0)
+    model = client.open(spec)
+    number = client.submit("infer", value=[np.ones(2)], model=model)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.result, number)
+        # The first was for connecting.
+        for _ in range(4):
+            assert asked.acquire(timeout=TIMEOUT)
+        assert not waiting.done()
+        answered.set()
+        assert waiting.result(TIMEOUT).tolist() == [1.0, 1.0]
+
+
 class Cable:
     """A way to an endpoint that can be cut: afterwards it takes connections and moves nothing."""
 
@@ -224,23 +320,6 @@ def test_nobody_left_is_an_error_that_names_the_address(place, cable):
     way.cut()
     with pytest.raises(HostError, match=way.location):
         model.infer(np.ones((1, 1)))
-
-
-def test_a_slow_model_is_waited_for(place, monkeypatch):
-    asked = []
-    ask = FlightLink._ask
-
-    def release_after_three(link, client, timeout_seconds):
-        ask(link, client, timeout_seconds)
-        asked.append(link)
-        if len(asked) > 3:
-            RELEASED.set()
-
-    monkeypatch.setattr(FlightLink, "_ask", release_after_three)
-    client = place.client(place.endpoint(allow_code=True).location, timeout_seconds=1.0)
-    model = client.open(PredictSpec("slow", "slow", cloudpickle.dumps(doubling_when_released), 8))
-    assert model.infer([np.ones(1)]).tolist() == [2.0]
-    assert len(asked) > 3
 
 
 @pytest.fixture

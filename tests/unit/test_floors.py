@@ -24,7 +24,7 @@ FLOORS: list[list[str]] = [
     ["share", "_share_*"],
     ["host", "_host_*"],
     ["streaming"],
-    ["flight"],
+    ["flight", "_flight_*"],
     ["dashboard", "dashboard.*"],
     ["worker_plugin", "_worker_*"],
     ["allocator", "_allocator_*"],
