@@ -23,6 +23,7 @@ from daskshare.errors import (
     UnreadableVideoError,
 )
 from daskshare.host import HostAddress, HostClient, HostServer
+from daskshare.models.spec import Detections
 from daskshare.results.schema import detections_batch
 from daskshare.share import ModelShare
 from daskshare.spark import partition
@@ -363,3 +364,67 @@ def test_keys_that_say_where_take_the_place_of_ours():
     columns = Columns(kind="frames", keys=("frame", "video"), error=None)
     assert "frame" not in columns.detections
     assert columns.detections[0] == "pts_seconds"
+
+
+class Counting:
+    """A client whose answers come only when they are asked for."""
+
+    def __init__(self):
+        self.submitted = self.answered = 0
+        self.most = 0
+
+    def open(self, spec):
+        return spec
+
+    def submit(self, op, arguments=None, *, value=None, model=None):
+        self.submitted += 1
+        self.most = max(self.most, self.submitted - self.answered)
+        return self.submitted
+
+    def result(self, request):
+        # In the order of the requests, and one after the other.
+        self.answered += 1
+        assert request == self.answered
+        one = Detections(np.zeros((1, 4)), np.ones(1), np.zeros(1, int), ("thing",))
+        return detections_batch("", 0, np.zeros(1), [one])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        pass
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_as_many_requests_wait_as_asked_for_and_no_more_rows_are_read(monkeypatch, window):
+    client = Counting()
+    monkeypatch.setattr(partition, "HostClient", lambda device, *, allow_code: client)
+    monkeypatch.setattr(partition, "task_device", lambda: "cpu")
+    read = []
+
+    def batches():
+        for i in range(20):
+            read.append(i)
+            # One more has come in than requests wait, and no answer was asked for in vain.
+            assert client.submitted == i
+            assert client.submitted - client.answered == min(i, window - 1)
+            yield batch_of([bytes(12)] * 2, [2 * i, 2 * i + 1])
+
+    work = partition.Partition(
+        "any",
+        Columns(kind="frames", keys=("id",), error=None),
+        input_shape=(2, 2, 3),
+        chunk_seconds=None,
+        rows_per_request=2,
+        requests_in_flight=window,
+        allow_code=False,
+    )
+    out = work(batches())
+    assert read == []
+    first = next(out)
+    # Nothing is read ahead of what Spark takes away.
+    assert read == list(range(window))
+    assert first.column("id").to_pylist() == [0]
+    got = [first, *out]
+    assert [row["id"] for row in rows(got)] == [2 * i for i in range(20)]
+    assert client.most == window
