@@ -109,7 +109,7 @@ def make_predict_factory(settings: dict[str, Any], log: str) -> Any:
 
 
 def udf_main(variant: str, settings: dict[str, Any]) -> None:
-    """Run one variant in this process and print what was measured as one line of JSON."""
+    """Run a job of one variant for each line that comes in; print what was measured as JSON."""
     from pyspark.sql.types import IntegerType
 
     if variant == "pyspark":
@@ -126,10 +126,11 @@ def udf_main(variant: str, settings: dict[str, Any]) -> None:
         udf = predict_batch_udf(factory, return_type=IntegerType(), batch_size=16, **calls)
         seconds = []
         with Memory(folder) as memory:
-            for _ in range(1 + settings["repeats"]):
+            for _ in sys.stdin:
                 started = time.perf_counter()
                 total = df.select(udf("image").alias("n")).groupBy().sum("n").first()[0]
                 seconds.append(time.perf_counter() - started)
+                print("DONE", flush=True)
         loads = len(Path(log).read_text().splitlines())
         spark.stop()
     measured = {
@@ -162,9 +163,8 @@ class Memory:
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
             pids = set()
-            for process in psutil.process_iter(["cmdline", "name"]):
-                line = process.info["cmdline"] or []
-                if "pyspark.daemon" in line or self._folder in line:
+            for process in psutil.process_iter(["cmdline"]):
+                if self._folder in (process.info["cmdline"] or []):
                     pids.add(process.pid)
             for child in psutil.Process().children(recursive=True):
                 try:
@@ -179,22 +179,39 @@ class Memory:
             self.most_bytes = max(self.most_bytes, now)
 
 
+def said_by(driver: Any, prefix: str) -> str:
+    """The rest of the next line that begins so."""
+    for line in driver.stdout:
+        if line.startswith(prefix):
+            return str(line.removeprefix(prefix))
+    raise RuntimeError(f"a driver ended with status {driver.wait()} and said no {prefix!r}")
+
+
 def measure_udf(report: Report, settings: dict[str, Any]) -> None:
     found: dict[str, dict[str, Any]] = {}
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    drivers = {}
     for variant in ("pyspark", "daskshare", "several calls"):
         command = [sys.executable, "-m", "benchmarks.spark", "--variant", variant]
-        environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
-        root = str(Path(__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-        done = subprocess.run(
+        drivers[variant] = subprocess.Popen(
             [*command, "--settings", json.dumps(settings)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=environment,
-            check=True,
         )
-        line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
-        found[variant] = json.loads(line.removeprefix("RESULT "))
+    # In turns, so that what else the machine does falls on all alike.
+    for _ in range(1 + settings["repeats"]):
+        for driver in drivers.values():
+            driver.stdin.write("go\n")
+            driver.stdin.flush()
+            said_by(driver, "DONE")
+    for variant, driver in drivers.items():
+        driver.stdin.close()
+        found[variant] = json.loads(said_by(driver, "RESULT "))
+        driver.wait(60)
         report.add_row(part="udf", variant=variant, **found[variant])
     stock = found["pyspark"]
     for variant, name in (("daskshare", ""), ("several calls", ", concurrent_calls")):

@@ -21,10 +21,10 @@ from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
 from tests.spark.conftest import ROOT, TIMEOUT, wait_until
 from tests.spark.standalone_program import ROWS
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
-#: Bound of the run; a quiet machine needs a fifth of it.
-RUN_TIMEOUT = 300
+#: Bound of the run; a quiet machine needs a sixth of it.
+RUN_TIMEOUT = 480
 #: Finds the processes of these tests, whoever started them.
 MARKER = "DASKSHARE_STANDALONE_TEST"
 SCENARIOS = ("python", "executor", "host", "speculation", "dask")
