@@ -79,7 +79,9 @@ class Endpoints:
         for ws in workers:
             report, device = _report(ws), _device(ws)
             location = report["flight"]["location"]
-            models = {k: m for k, m in report["models"].items() if m["state"] == "ready"}
+            # A worker's first heartbeat tells of its endpoint, not yet of its models.
+            reported = report.get("models", {})
+            models = {k: m for k, m in reported.items() if m["state"] == "ready"}
             names = {m["name"] for m in models.values()}
             lacks = model is not None and model not in models and model not in names
             clients = load[device] + lacks * _LOAD_CLIENTS

@@ -127,7 +127,7 @@ def _short(path: Path) -> Path:
 
 def _devices(stats: dict[str, dict[str, Any]]) -> str:
     """Names of the devices that the workers used."""
-    names = {str(report["device"]["name"]) for report in stats.values()}
+    names = {str(report["device"]["name"]) for report in stats.values() if "device" in report}
     return ", ".join(sorted(names))
 
 

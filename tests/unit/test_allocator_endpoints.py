@@ -109,3 +109,9 @@ def test_a_scheduler_without_the_plugin_ranks_by_reports_alone():
     workers = [worker("3", sessions=1), worker("4")]
     scheduler = SimpleNamespace(workers={ws.address: ws for ws in workers}, plugins={})
     assert rank_endpoints("m", [], scheduler) == ["grpc://10.0.0.4:1", "grpc://10.0.0.3:1"]
+
+
+def test_a_worker_whose_first_report_is_not_made_yet_has_no_models():
+    young, old = worker("3"), worker("4")
+    young.metrics[PLUGIN_NAME] = {"flight": young.metrics[PLUGIN_NAME]["flight"]}
+    assert order(endpoints(young, old)) == ["4", "3"]
