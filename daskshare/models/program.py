@@ -118,6 +118,8 @@ class YoloV3Program:
             greedy_nms_cuda.compile(device)
             # The engine works on a stream of its own, which does not wait for these copies.
             torch.cuda.current_stream(device).synchronize()
+        else:
+            self._network.pack_convolutions(self.max_batch_size)
 
     def prepare(self, inputs: Any) -> Prepared:
         """Letterbox frames to the network's input.

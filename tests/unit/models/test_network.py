@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import daskshare.models.network as network_module
 from daskshare.models.network import YoloNetwork, compile_network
+from daskshare.models.packed import PackedConvolution
 from daskshare.models.plan import Convolutional, MaxPool, NetworkPlan, Route, Shortcut, Upsample
 from daskshare.models.weights import LayerWeights, read_darknet
 from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
@@ -110,8 +112,11 @@ def frames(plan, count=2):
 
 
 @pytest.mark.parametrize("activation", ["leaky", "relu", "logistic", "mish", "linear"])
-def test_predictions_equal_those_written_out(tmp_path, activation):
+@pytest.mark.parametrize("packed_for", [None, 2, 5])
+def test_predictions_equal_those_written_out(tmp_path, activation, packed_for):
     network, plan, weights = build(tmp_path, SMALL_CFG.replace("leaky", activation))
+    if packed_for is not None:
+        assert network.pack_convolutions(packed_for)
     batch = frames(plan)
     with torch.inference_mode():
         heads = network.predict(torch.from_numpy(batch))
@@ -123,8 +128,10 @@ def test_predictions_equal_those_written_out(tmp_path, activation):
         assert (got[2][i] == classes).mean() > 0.999
 
 
-def test_candidates_are_ordered_and_above_the_threshold(tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_candidates_are_ordered_and_above_the_threshold(tmp_path, packed):
     network, plan, weights = build(tmp_path, threshold=0.3)
+    assert not packed or network.pack_convolutions(2)
     batch = frames(plan)
     with torch.inference_mode():
         boxes, confidence, class_id = network(torch.from_numpy(batch))
@@ -191,6 +198,60 @@ def test_half_precision_stays_close(tmp_path, dtype):
             assert b[0].dtype == b[1].dtype == torch.float32
             assert (a[1] - b[1]).abs().max() < 0.05
     assert half.num_bytes < exact.num_bytes
+
+
+def test_packed_convolutions_compute_in_bfloat16_where_the_cpu_does(tmp_path):
+    plain, plan, _ = build(tmp_path, dtype=torch.bfloat16)
+    network, _, _ = build(tmp_path, dtype=torch.bfloat16)
+    packed = network.pack_convolutions(2)
+    assert packed == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert any(isinstance(block, PackedConvolution) for block in network.blocks) == packed
+    batch = torch.from_numpy(frames(plan))
+    with torch.inference_mode():
+        for a, b in zip(plain.predict(batch), network.predict(batch), strict=True):
+            assert (a[1] - b[1]).abs().max() < 0.02
+
+
+def test_convolutions_that_the_cpu_cannot_pack_stay_as_they_are(tmp_path, monkeypatch):
+    network, _, _ = build(tmp_path, dtype=torch.float16)
+    blocks = list(network.blocks)
+    assert not network.pack_convolutions(2)
+    assert list(network.blocks) == blocks
+    network, _, _ = build(tmp_path)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not network.pack_convolutions(2)
+
+
+def test_large_layers_are_computed_frame_by_frame(tmp_path, monkeypatch):
+    monkeypatch.setattr(network_module, "_LARGE_BYTES", 10_000)
+    plain, plan, _ = build(tmp_path, threshold=0.3)
+    network, _, _ = build(tmp_path, threshold=0.3)
+    assert network.pack_convolutions(3)
+    before_heads = plan.layers[: plan.heads[0].index]
+    large = [x.index for x in before_heads if x.channels * x.height * x.width * 4 > 10_000]
+    seen = {}
+    for index, block in enumerate(network.blocks):
+        block.register_forward_hook(
+            lambda module, args, output, i=index: seen.setdefault(i, []).append(len(output))
+        )
+    batch = torch.from_numpy(frames(plan, 3))
+    with torch.inference_mode():
+        for got, expected in zip(network(batch), plain(batch), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # Layers that are views of others have no output of their own to look at.
+    alone = [index for index in large if index in seen]
+    assert len(alone) > 2
+    assert all(seen[index] == [1, 1, 1] for index in alone)
+    assert [3] in seen.values()
+
+
+def test_packed_weights_take_the_place_of_the_others(tmp_path):
+    network, plan, _ = build(tmp_path)
+    before = network.num_bytes
+    assert network.pack_convolutions(2)
+    assert network.num_bytes == before
+    packed = sum(isinstance(module, PackedConvolution) for module in network.modules())
+    assert packed == sum(isinstance(layer, Convolutional) for layer in plan.layers) > 0
 
 
 def test_activations_and_kernels_are_channels_last(tmp_path):
