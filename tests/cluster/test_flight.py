@@ -32,7 +32,13 @@ def served(tmp_path):
         Client(cluster) as client,
     ):
         daskshare.install(client)
-        assert wait_until(lambda: len(find_endpoints(cluster.scheduler_address)) == 2)
+
+        def endpoints():
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            return ["flight" in worker["metrics"].get("daskshare", {}) for worker in workers]
+
+        # Not by find_endpoints: whoever asks is counted as a client for some seconds.
+        assert wait_until(lambda: endpoints() == [True, True])
         yield cluster.scheduler_address
 
 
@@ -102,7 +108,8 @@ def test_the_worker_that_has_the_model_is_preferred(served):
 
         def reported():
             workers = client.scheduler_info(n_workers=-1)["workers"]
-            return model.key in workers[holder]["metrics"]["daskshare"]["models"]
+            models = workers[holder]["metrics"]["daskshare"].get("models", {})
+            return models.get(model.key, {}).get("state") == "ready"
 
         assert wait_until(reported)
     for wanted in (model.key, "scaled"):
