@@ -7,28 +7,33 @@ the heads, exported to ONNX. What a way found is compared with plain torch in fp
 precision counts only when the detections hold.
 
 bfloat16 is measured where the CPU computes in it. Needs a C++ compiler (torch.compile) and the
-package ``onnx`` (OpenCV); a way without what it needs is left out, with a word.
+package ``onnx`` (OpenCV); what a machine lacks is left out, and the report says why.
 """
 
 from __future__ import annotations
 
 import io
 import statistics
-import sys
-import time
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from benchmarks import workload
 from benchmarks.report import Report, argument_parser
 
 #: From a batch of frames to one Detections a frame.
 Way = Callable[[np.ndarray], list[Any]]
 
+#: A way and a precision.
+Key = tuple[str, str]
+
 MODEL = "yolov3-tiny"
+OURS = "daskshare"
 BATCH = 4
 #: A reference detection of at least this confidence must be found again.
 SURE = 0.30
@@ -64,20 +69,16 @@ def make_program(precision: str, *, packed: bool) -> Any:
         return spec.load(current_device())
 
 
-def finished(program: Any, frames: np.ndarray, outputs: dict[str, Any]) -> list[Any]:
+def finished(program: Any, frames: np.ndarray, outputs: Any) -> list[Any]:
     context = program.prepare(frames).context
-    return program.finish({k: v.numpy() for k, v in outputs.items()}, context)  # type: ignore[no-any-return]
+    return program.finish(workload.to_host(outputs), context)  # type: ignore[no-any-return]
 
 
 def torch_way(precision: str) -> Way:
     import torch
 
     program = make_program(precision, packed=False)
-
-    def run(frames: np.ndarray) -> list[Any]:
-        return finished(program, frames, program.forward(torch.from_numpy(frames)))
-
-    return run
+    return lambda frames: finished(program, frames, program.forward(torch.from_numpy(frames)))
 
 
 def compiled_way(precision: str) -> Way:
@@ -98,8 +99,6 @@ def compiled_way(precision: str) -> Way:
 
 
 def opencv_way(precision: str) -> Way:
-    if precision != "fp32":
-        raise ValueError("OpenCV computes in fp32 on a CPU")
     import cv2
     import torch
 
@@ -148,47 +147,25 @@ def opencv_way(precision: str) -> Way:
     return run
 
 
-class EngineWay:
-    """Tasks' threads that share one engine."""
+def make_engine(precision: str) -> Any:
+    from daskshare.config import EngineOptions
+    from daskshare.device import current_device
+    from daskshare.engine import InferenceEngine
 
-    def __init__(self, precision: str, threads: int) -> None:
-        from daskshare.config import EngineOptions
-        from daskshare.device import current_device
-        from daskshare.engine import InferenceEngine
-
-        self.engine = InferenceEngine(
-            make_program(precision, packed=True),
-            current_device(),
-            options=EngineOptions.from_config(),
-            name=MODEL,
-        )
-        self.threads = threads
-
-    def __call__(self, frames: np.ndarray) -> list[Any]:
-        return self.engine.infer(frames)  # type: ignore[no-any-return]
-
-    def rate(self, batches: list[np.ndarray], seconds: float) -> float:
-        """Frames a second of all threads."""
-        stop = time.perf_counter() + seconds
-        start = time.perf_counter()
-
-        def task(first: int) -> int:
-            done = 0
-            while time.perf_counter() < stop:
-                done += len(self(batches[(first + done) % len(batches)]))
-            return done
-
-        with ThreadPoolExecutor(self.threads) as pool:
-            done = sum(pool.map(task, range(self.threads)))
-        return done / (time.perf_counter() - start)
+    return InferenceEngine(
+        make_program(precision, packed=True),
+        current_device(),
+        options=EngineOptions.from_config(),
+        name=MODEL,
+    )
 
 
-def loop_rate(run: Way, batches: list[np.ndarray], seconds: float) -> float:
-    """Frames a second of a loop in one thread."""
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        done += len(run(batches[done // BATCH % len(batches)]))
-    return done / (time.perf_counter() - start)
+def measure(run: Way, batches: list[np.ndarray], seconds: float) -> float:
+    """Frames a second of as many threads as batches, each with its own."""
+    barrier = threading.Barrier(len(batches))
+    with ThreadPoolExecutor(len(batches)) as pool:
+        jobs = [pool.submit(workload.run_for, run, own, seconds, barrier) for own in batches]
+        return workload.rate([job.result() for job in jobs])
 
 
 def agreement(expected: list[Any], got: list[Any]) -> float:
@@ -209,6 +186,44 @@ def agreement(expected: list[Any], got: list[Any]) -> float:
     return matched / sure
 
 
+def make_ways(precision: str, engine: Any, left_out: dict[str, str]) -> dict[Key, Way]:
+    """All ways that this machine has in a precision."""
+    ways: dict[Key, Way] = {
+        ("plain torch", precision): torch_way(precision),
+        (OURS, precision): engine.infer,
+    }
+    makers = {"torch.compile": compiled_way}
+    if precision == "fp32":
+        makers["OpenCV"] = opencv_way
+    for name, make in makers.items():
+        try:
+            ways[name, precision] = way = make(precision)
+            way(np.zeros((BATCH, 416, 416, 3), np.uint8))
+        except Exception as error:
+            # The compiler and the exporter have many kinds; a machine may lack what they need.
+            ways.pop((name, precision), None)
+            left_out[f"{name}, {precision}"] = f"{error!r:.300}"
+    return ways
+
+
+def set_bars(report: Report, rates: dict[Key, list[float]], agreements: dict[Key, float]) -> None:
+    for ours, theirs in (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32")):
+        rivals = [v for (name, p), v in rates.items() if name != OURS and p == theirs]
+        if (OURS, ours) in rates:
+            # Turn by turn, as a machine's speed changes over time.
+            turns = zip(rates[OURS, ours], *rivals, strict=True)
+            report.add_bar(
+                f"{OURS} in {ours} over the best other in {theirs}",
+                statistics.median(rate / max(others) for rate, *others in turns),
+                "x",
+                bound=1.0,
+            )
+    for precision, bound in (("fp32", 1.0), ("bf16", 0.98)):
+        if (OURS, precision) in agreements:
+            name = f"sure detections found again in {precision}"
+            report.add_bar(name, agreements[OURS, precision], "share", bound=bound)
+
+
 def main() -> int:
     """Measure and report."""
     import torch
@@ -220,86 +235,46 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=15, help="turns, of which the median counts")
     arguments = parser.parse_args()
-    report = Report(
-        "cpu",
-        settings={
-            "model": MODEL,
-            "batch": BATCH,
-            "cores": torch.get_num_threads(),
-            **{name: getattr(arguments, name) for name in ("threads", "seconds", "rounds")},
-        },
-    )
+    left_out: dict[str, str] = {}
+    settings = {
+        "model": MODEL,
+        "batch": BATCH,
+        "cores": torch.get_num_threads(),
+        "left_out": left_out,
+        **{name: getattr(arguments, name) for name in ("threads", "seconds", "rounds")},
+    }
+    report = Report("cpu", settings=settings)
     frames = clip_frames(16 * BATCH)
     batches = [frames[i : i + BATCH] for i in range(0, len(frames), BATCH)]
-    makers: dict[str, Callable[[str], Any]] = {
-        "plain torch": torch_way,
-        "torch.compile": compiled_way,
-        "OpenCV": opencv_way,
-        "daskshare": lambda precision: EngineWay(precision, arguments.threads),
-    }
-    ways: dict[tuple[str, str], Any] = {}
-    found: dict[tuple[str, str], list[Any]] = {}
-    for precision in ("fp32", "bf16"):
-        if precision == "bf16" and not can_pack(torch.bfloat16):
-            print("bf16 is left out: this CPU does not compute in it", file=sys.stderr)
-            continue
-        for name, make in makers.items():
-            if (name, precision) == ("OpenCV", "bf16"):
-                continue
-            try:
-                way = make(precision)
-                found[name, precision] = [found for batch in batches for found in way(batch)]
-            except Exception as error:
-                # torch.compile and the exporter have many kinds; a machine may lack their needs.
-                print(f"{name} in {precision} is left out: {error!r:.300}", file=sys.stderr)
-                continue
-            ways[name, precision] = way
-    rates: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
-    for _ in range(arguments.rounds):
-        for key, way in ways.items():
-            measure = way.rate if isinstance(way, EngineWay) else None
-            rates[key].append(
-                measure(batches, arguments.seconds)
-                if measure is not None
-                else loop_rate(way, batches, arguments.seconds)
-            )
-    for way in ways.values():
-        if isinstance(way, EngineWay):
-            way.engine.close()
-    medians = {key: statistics.median(values) for key, values in rates.items()}
+    precisions = ["fp32"]
+    if can_pack(torch.bfloat16):
+        precisions.append("bf16")
+    else:
+        left_out["bf16"] = "this CPU does not compute in it"
+    with ExitStack() as stack:
+        ways: dict[Key, Way] = {}
+        for precision in precisions:
+            engine = make_engine(precision)
+            stack.callback(engine.close)
+            ways |= make_ways(precision, engine, left_out)
+        found = {key: [one for own in batches for one in way(own)] for key, way in ways.items()}
+        rates: dict[Key, list[float]] = {key: [] for key in ways}
+        for turn in range(arguments.rounds):
+            for key, way in ways.items():
+                threads = arguments.threads if key[0] == OURS else 1
+                own = [batches[(turn + i) % len(batches)] for i in range(threads)]
+                rates[key].append(measure(way, own, arguments.seconds))
     agreements = {key: agreement(found["plain torch", "fp32"], got) for key, got in found.items()}
-    for (name, precision), rate in medians.items():
+    for (name, precision), values in rates.items():
         report.add_row(
             way=name,
             precision=precision,
-            frames_per_second=rate,
-            lowest=min(rates[name, precision]),
-            highest=max(rates[name, precision]),
+            frames_per_second=statistics.median(values),
+            lowest=min(values),
+            highest=max(values),
             detections_found_again=agreements[name, precision],
         )
-    for precision in ("fp32", "bf16"):
-        if ("daskshare", precision) not in rates:
-            continue
-        others = {key: values for key, values in rates.items() if key[0] != "daskshare"}
-        for what, rivals in (
-            (precision, [v for key, v in others.items() if key[1] == precision]),
-            ("fp32", [v for key, v in others.items() if key[1] == "fp32"]),
-        ):
-            # Round by round, as a machine's speed changes over time.
-            ours = zip(rates["daskshare", precision], zip(*rivals, strict=True), strict=True)
-            name = f"daskshare in {precision} over the best other in {what}"
-            if rivals and name not in [bar.name for bar in report.bars]:
-                ratio = statistics.median(rate / max(theirs) for rate, theirs in ours)
-                report.add_bar(name, ratio, "x", bound=1.0, comparison=">=")
-    for precision in ("fp32", "bf16"):
-        if ("daskshare", precision) in agreements:
-            report.add_bar(
-                f"sure detections found again in {precision}",
-                agreements["daskshare", precision],
-                "share",
-                bound=1.0 if precision == "fp32" else 0.98,
-                comparison=">=",
-            )
+    set_bars(report, rates, agreements)
     return report.finish(arguments)
 
 

@@ -25,6 +25,7 @@ import random
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def make_tasks(
     return [TaskSpec(i, m, 200 + rng.expovariate(1 / 800)) for i, m in enumerate(chosen)]
 
 
-class Policy:
+class Policy(ABC):
     """What the three have in common: the cluster, and samples of what it does."""
 
     name = ""
@@ -74,20 +75,20 @@ class Policy:
         self.replicas: list[tuple[float, list[int]]] = []
         self.backlog: list[tuple[float, list[int]]] = []
 
-    def submit(self, tasks: list[TaskSpec]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def submit(self, tasks: list[TaskSpec]) -> None: ...
 
-    def on_worker_joined(self, worker: Worker) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_worker_joined(self, worker: Worker) -> None: ...
 
-    def on_worker_lost(self, worker: Worker, tasks: list[TaskSpec]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_worker_lost(self, worker: Worker, tasks: list[TaskSpec]) -> None: ...
 
-    def on_task_done(self, worker: Worker, task: TaskSpec) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def on_task_done(self, worker: Worker, task: TaskSpec) -> None: ...
 
-    def on_loaded(self, worker: Worker, model: ModelKind, ok: bool) -> None:
-        pass
+    def on_loaded(self, worker: Worker, model: ModelKind, ok: bool) -> None:  # noqa: B027
+        """Not all of them want to know."""
 
     def sample(self) -> None:
         cluster = self.cluster

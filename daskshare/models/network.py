@@ -5,7 +5,7 @@ Imported only where a model is loaded; everything above works from the plan alon
 
 from __future__ import annotations
 
-import math
+import functools
 import types
 from collections.abc import Callable
 from typing import cast
@@ -13,9 +13,16 @@ from typing import cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from daskshare.models.packed import PackedConvolution, can_pack
+from daskshare.models.layers import (
+    LEAKY_SLOPE,
+    Candidates,
+    ConvolutionBlock,
+    HeadBlock,
+    MaxPoolBlock,
+    activate,
+)
+from daskshare.models.packed import can_pack, pack_block
 from daskshare.models.plan import (
     Convolutional,
     Layer,
@@ -33,160 +40,8 @@ __all__ = ["MAX_CANDIDATES", "Candidates", "YoloNetwork", "compile_network"]
 #: Most boxes of a frame that non-maximum suppression looks at, those of highest confidence.
 MAX_CANDIDATES = 1024
 
-#: Boxes (n, k, 4) float32 xyxy in input pixels, confidence (n, k) float32 falling along k and 0
-#: where there is no candidate, class (n, k) int64.
-Candidates = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-_LEAKY_SLOPE = 0.1
-
 #: Of one layer's output for one frame; caches of the second level hold about as much.
 _LARGE_BYTES = 2**21
-
-
-def _activate(x: torch.Tensor, name: str) -> torch.Tensor:
-    # Always in place: the callers own x, and memory traffic is what these layers cost.
-    if name == "leaky":
-        return functional.leaky_relu_(x, _LEAKY_SLOPE)
-    if name == "relu":
-        return functional.relu_(x)
-    if name == "logistic":
-        return x.sigmoid_()
-    if name == "mish":
-        return functional.mish(x, inplace=True)
-    return x
-
-
-class _Convolution(nn.Module):
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __init__(
-        self, layer: Convolutional, weights: LayerWeights, dtype: torch.dtype, extra: int = 0
-    ) -> None:
-        super().__init__()
-        kernel = functional.pad(torch.from_numpy(weights.weight), (0,) * 7 + (extra,))
-        # The kernels share the activations' layout, so that no convolution has to reorder them.
-        kernel = kernel.to(dtype, memory_format=torch.channels_last)
-        self.register_buffer("weight", kernel)
-        bias = functional.pad(torch.from_numpy(weights.bias), (0, extra))
-        self.register_buffer("bias", bias.to(dtype))
-        self.layer = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        x = functional.conv2d(
-            x,
-            self.weight,
-            self.bias,
-            stride=layer.stride,
-            padding=layer.padding,
-            groups=layer.groups,
-        )
-        return _activate(x, layer.activation)
-
-
-class _Activation(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _activate(x, self.name)
-
-
-class _MaxPool(nn.Module):
-    def __init__(self, layer: MaxPool) -> None:
-        super().__init__()
-        self.size, self.stride, self.pads = layer.size, layer.stride, layer.pads
-        # The pooling's own padding costs nothing, but is the same on all sides and at most half.
-        self.even = len(set(layer.pads)) == 1 and 2 * layer.pads[0] <= layer.size
-        #: Whether :func:`_halved` does the same for an even number of rows and columns.
-        self.halves = (layer.size, layer.stride) == (2, 2) and set(layer.pads) == {0}
-        self.packed = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed and self.halves and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            return _halved(x)
-        if self.even:
-            return functional.max_pool2d(x, self.size, self.stride, padding=self.pads[0])
-        x = functional.pad(x, self.pads, value=-math.inf)
-        return functional.max_pool2d(x, self.size, self.stride)
-
-
-def _halved(x: torch.Tensor) -> torch.Tensor:
-    """Maximum of squares of 2 x 2: on a CPU in half the time of max_pool2d, which notes where."""
-    pixels = x.permute(0, 2, 3, 1).contiguous()
-    rows = torch.maximum(pixels[:, 0::2], pixels[:, 1::2])
-    n, height, width, channels = rows.shape
-    pairs = rows.view(n, height, width // 2, 2, channels)
-    return torch.maximum(pairs[..., 0, :], pairs[..., 1, :]).permute(0, 3, 1, 2)
-
-
-class _Head(nn.Module):
-    """Decode one detection head to input pixels."""
-
-    offset: torch.Tensor
-    half_anchor: torch.Tensor
-    cell: torch.Tensor
-
-    def __init__(self, layer: Yolo, height: int, width: int) -> None:
-        super().__init__()
-        self.channels = 5 + layer.num_classes
-        self.anchors = len(layer.anchors)
-        self.scale = layer.scale_xy
-        y, x = torch.meshgrid(
-            torch.arange(layer.height, dtype=torch.float32),
-            torch.arange(layer.width, dtype=torch.float32),
-            indexing="ij",
-        )
-        cells = torch.stack((x, y), dim=-1).reshape(-1, 1, 2)
-        anchors = torch.tensor(layer.anchors, dtype=torch.float32).reshape(1, -1, 2)
-        shape = (cells.shape[0], anchors.shape[1], 2)
-        # sigmoid(t) * scale + offset is the centre in cells, stretched about the cell's middle.
-        offset = cells - (self.scale - 1) / 2
-        self.register_buffer("offset", offset.expand(shape).reshape(-1, 2).contiguous())
-        self.register_buffer("half_anchor", (anchors / 2).expand(shape).reshape(-1, 2).contiguous())
-        self.register_buffer("cell", torch.tensor((width / layer.width, height / layer.height)))
-
-    def _raw(self, x: torch.Tensor) -> torch.Tensor:
-        # Channels-last memory makes this a view: (n, height, width, anchors, 5 + classes).
-        raw = x.permute(0, 2, 3, 1)[..., : self.anchors * self.channels]
-        return raw.view(*raw.shape[:3], self.anchors, self.channels)
-
-    def above(self, x: torch.Tensor, threshold: float) -> Candidates:
-        """Decode boxes of more objectness than ``threshold`` alone; the others are all zero.
-
-        A box's confidence is never above its objectness. Few boxes are above any sensible
-        threshold, so on a CPU, where no shape need be fixed, this saves most of the decoding.
-        """
-        raw = self._raw(x).flatten(1, 3)
-        objectness = raw[..., 4].float().sigmoid()
-        frame, index = (objectness > threshold).nonzero(as_tuple=True)
-        chosen = raw[frame, index]
-        best, best_class = chosen[:, 5:].max(dim=-1)
-        centre = chosen[:, :2].float().sigmoid() * self.scale + self.offset[index]
-        centre = centre * self.cell
-        half = chosen[:, 2:4].float().exp() * self.half_anchor[index]
-        boxes = torch.zeros(*objectness.shape, 4)
-        boxes[frame, index] = torch.cat((centre - half, centre + half), dim=-1)
-        confidence = torch.zeros_like(objectness)
-        confidence[frame, index] = objectness[frame, index] * best.float().sigmoid()
-        class_id = torch.zeros_like(objectness, dtype=torch.int64)
-        class_id[frame, index] = best_class
-        return boxes, confidence, class_id
-
-    def forward(self, x: torch.Tensor) -> Candidates:
-        raw = self._raw(x)
-        # The sigmoid is monotonic, so the best class is known before it; geometry and confidence
-        # are computed in fp32, as fp16 would move a wide box by whole pixels.
-        best, class_id = raw[..., 5:].max(dim=-1)
-        confidence = raw[..., 4].float().sigmoid() * best.float().sigmoid()
-        centre = raw[..., :2].flatten(1, 3).float().sigmoid() * self.scale + self.offset
-        centre = centre * self.cell
-        half = raw[..., 2:4].flatten(1, 3).float().exp() * self.half_anchor
-        boxes = torch.cat((centre - half, centre + half), dim=-1)
-        return boxes, confidence.flatten(1), class_id.flatten(1)
 
 
 class YoloNetwork(nn.Module):
@@ -232,7 +87,6 @@ class YoloNetwork(nn.Module):
         self._last_use = _last_use(plan)
         # So many layers are computed frame by frame.
         self._num_alone = 0
-        self._packed = False
         self._first: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.blocks = nn.ModuleList(self._block(layer, weights) for layer in plan.layers)
         allowed = torch.zeros(plan.num_classes, dtype=torch.bool)
@@ -252,7 +106,7 @@ class YoloNetwork(nn.Module):
         block = self.blocks[0]
         if not (
             isinstance(layer, Convolutional)
-            and isinstance(block, _Convolution)
+            and isinstance(block, ConvolutionBlock)
             and block.weight.is_cuda
             and self.dtype in (torch.float16, torch.bfloat16)
             and (layer.size, layer.stride, layer.padding, layer.groups) == (3, 1, 1, 1)
@@ -265,7 +119,7 @@ class YoloNetwork(nn.Module):
         taps, bias = pack_weights(block.weight), block.bias
 
         def first(batch: torch.Tensor) -> torch.Tensor:
-            return convolve_frames(batch, taps, bias, slope=_LEAKY_SLOPE)
+            return convolve_frames(batch, taps, bias, slope=LEAKY_SLOPE)
 
         self._first = first
         return True
@@ -290,22 +144,17 @@ class YoloNetwork(nn.Module):
         if self.device.type != "cpu" or not can_pack(self.dtype):
             return False
         plan = self.plan
-        shape = (plan.height, plan.width)
+        height, width = plan.height, plan.width
         for layer in plan.layers:
-            block = self.blocks[layer.index]
-            if isinstance(block, _Convolution):
-                own = cast(Convolutional, layer)
-                packed = PackedConvolution(
-                    own, block.weight, block.bias, (batch_size, own.in_channels, *shape)
-                )
-                self.blocks[layer.index] = (
-                    packed if packed.fused else nn.Sequential(packed, _Activation(own.activation))
-                )
-            elif isinstance(block, _MaxPool):
-                block.packed = True
-            shape = (layer.height, layer.width)
+            self.blocks[layer.index] = pack_block(
+                self.blocks[layer.index],
+                batch_size=batch_size,
+                height=height,
+                width=width,
+                threshold=self.confidence_threshold,
+            )
+            height, width = layer.height, layer.width
         self._num_alone = _num_large(plan, self.dtype.itemsize)
-        self._packed = True
         return True
 
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
@@ -317,11 +166,11 @@ class YoloNetwork(nn.Module):
             feeds_head = feeds_head and layer.index not in self._last_use
             # Kernels for tensor cores want channels in eights; 255 of them cost four times as much.
             extra = -layer.channels % 8 if feeds_head else 0
-            return _Convolution(layer, own, self.dtype, extra)
+            return ConvolutionBlock(layer, own, self.dtype, extra)
         if isinstance(layer, MaxPool):
-            return _MaxPool(layer)
+            return MaxPoolBlock(layer)
         if isinstance(layer, Yolo):
-            return _Head(layer, self.plan.height, self.plan.width)
+            return HeadBlock(layer, self.plan.height, self.plan.width)
         if isinstance(layer, Upsample):
             return nn.Upsample(scale_factor=layer.stride, mode="nearest")
         return nn.Identity()
@@ -351,10 +200,7 @@ class YoloNetwork(nn.Module):
         """Activation of a layer that has one, in place."""
         name = cast(Convolutional | Shortcut, self.plan.layers[index]).activation
 
-        def activate(x: torch.Tensor) -> torch.Tensor:
-            return _activate(x, name)
-
-        return activate
+        return functools.partial(activate, name=name)
 
     def predict(self, batch: torch.Tensor) -> list[Candidates]:
         """Run the trunk and decode every head.
@@ -396,7 +242,7 @@ class YoloNetwork(nn.Module):
             elif isinstance(layer, Shortcut):
                 for source in layer.sources:
                     x = x + kept[source]
-                x = _activate(x, layer.activation)
+                x = activate(x, layer.activation)
             elif isinstance(layer, Yolo):
                 heads.append(x)
             else:
@@ -409,10 +255,7 @@ class YoloNetwork(nn.Module):
 
     def decode(self, heads: list[torch.Tensor]) -> list[Candidates]:
         """Boxes of what the heads read, (n, channels, height, width) each."""
-        blocks = [cast(_Head, self.blocks[layer.index]) for layer in self.plan.heads]
-        if self._packed:
-            threshold = self.confidence_threshold
-            return [block.above(x, threshold) for block, x in zip(blocks, heads, strict=True)]
+        blocks = [self.blocks[layer.index] for layer in self.plan.heads]
         return [block(x) for block, x in zip(blocks, heads, strict=True)]
 
     def candidates(self, decoded: list[Candidates]) -> Candidates:
