@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Status
 
 from daskshare._allocator_recognise import known_frames
+from daskshare._placement_books import Task
 
 if TYPE_CHECKING:
     from dask.typing import Key
@@ -26,8 +27,10 @@ _HELD = {HELD_AT}
 _DEATHS_IN_COMPANY = 2
 
 
-class HeldTask:
+class HeldTask(Task):
     """A task that carries a model, from its arrival until Dask forgets it.
+
+    It is also what the pool keeps of it while it waits or runs.
 
     Parameters
     ----------
@@ -38,7 +41,7 @@ class HeldTask:
 
     Attributes
     ----------
-    frames : int or None
+    frames : float or None
         Of the video that it was given.
     worker : str or None
         Address to which it was sent, while it is processing there.
@@ -52,15 +55,14 @@ class HeldTask:
         "_workers",
         "alone",
         "deaths",
-        "frames",
-        "key",
         "model_key",
         "suspicious",
         "worker",
     )
 
     def __init__(self, ts: TaskState, model_key: str) -> None:
-        self.key: Key = ts.key
+        super().__init__(ts.key)
+        self.key: Key
         self.model_key = model_key
         self.worker: str | None = None
         self.alone = False

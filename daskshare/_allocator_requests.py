@@ -155,6 +155,7 @@ class Requests:
         ts = allocator.scheduler.tasks.get(key)
         if ts is None:
             return f"The scheduler knows no task {key!r}."
+        allocator.settle()
         if key in allocator.pool:
             return allocator.pool.why(key)
         if ts.state == "waiting":

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from daskshare._placement_books import ANYWHERE, UNRESTRICTED, Model, Replica, Worker
+from daskshare._placement_books import ANYWHERE, Model, Replica, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
 
@@ -160,8 +160,7 @@ class Backlog:
 
     def _could_use(self, model: Model, worker: Worker) -> bool:
         """Whether tasks that wait may run there; those that run alone need no further replica."""
-        queue = model.queues.get(UNRESTRICTED)
-        if queue is not None and queue.num_waiting:
+        if model.unrestricted.num_waiting:
             return True
         queues = model.queues_by_worker
         here = (*queues.get(worker.address, ()), *queues.get(ANYWHERE, ()))

@@ -37,7 +37,15 @@ ANYWHERE = ""
 
 
 class Task:
-    """A task that waits (``worker`` is None) or is in flight."""
+    """A task that waits (``replica`` is None) or is in flight.
+
+    There may be very many: one object for each, which whoever owns them may extend.
+
+    Parameters
+    ----------
+    key : hashable
+        Its key.
+    """
 
     __slots__ = (
         "decision",
@@ -53,14 +61,15 @@ class Task:
         "sequence",
     )
 
-    def __init__(self, key: Hashable, model: Model, priority: Any, frames: float | None) -> None:
+    def __init__(self, key: Hashable) -> None:
         self.key = key
-        self.model = model
-        self.priority = priority
-        self.frames = frames
-        # Of its one valid entry in a heap; None in flight and when gone.
-        self.sequence: int | None = None
+        # What it is, set whenever it comes to the pool.
+        self.model: Model
         self.queue: Queue
+        self.priority: Any = None
+        self.frames: float | None = None
+        # Of its one valid entry in a queue; None in flight and when gone.
+        self.sequence: int | None = None
         self.dependencies: dict[str, int] | None = None
         self.replica: Replica | None = None
         self.seconds = 0.0
@@ -72,15 +81,20 @@ class Queue:
     """Waiting tasks of one model and one restriction, by priority and then age.
 
     Tasks that come in order, as most do, stand in a line; the others in a heap. Deleting is lazy:
-    an entry counts while its number is the task's ``sequence``.
+    an entry counts while its number is the task's ``sequence``. The line's numbers stand in a line
+    of their own, so that a waiting task takes no further object that Python's garbage collector
+    must look at.
     """
 
-    __slots__ = ("heap", "homes", "line", "model", "num_waiting", "signature")
+    __slots__ = ("heap", "homes", "last", "line", "model", "num_waiting", "numbers", "signature")
 
     def __init__(self, model: Model, signature: Signature) -> None:
         self.model = model
         self.signature = signature
-        self.line: deque[Entry] = deque()
+        self.line: deque[Task] = deque()
+        self.numbers: deque[int] = deque()
+        # Priority and number with which the line ends; a task that left may have new ones.
+        self.last: tuple[Any, int] | None = None
         self.heap: list[Entry] = []
         self.num_waiting = 0
         # Tasks with large dependencies, once more by the worker that holds most of them.
@@ -89,14 +103,15 @@ class Queue:
     def push(self, task: Task, sequence: int, home: str | None) -> None:
         """Add a task under a number that no other entry of its queue has."""
         task.sequence = sequence
-        entry = (task.priority, sequence, task)
-        line = self.line
-        if not line or entry > line[-1]:
-            line.append(entry)
+        order = (task.priority, sequence)
+        if self.last is None or order > self.last:
+            self.line.append(task)
+            self.numbers.append(sequence)
+            self.last = order
         else:
-            heapq.heappush(self.heap, entry)
+            heapq.heappush(self.heap, (*order, task))
         if home is not None:
-            heapq.heappush(self.homes.setdefault(home, []), entry)
+            heapq.heappush(self.homes.setdefault(home, []), (*order, task))
         self.num_waiting += 1
 
     def discard(self, task: Task) -> None:
@@ -104,29 +119,37 @@ class Queue:
         task.sequence = None
         self.num_waiting -= 1
         line, heap = self.line, self.heap
-        if line and line[0][2] is task:
+        if not self.num_waiting:
+            line.clear()
+            self.numbers.clear()
+            self.last = None
+            heap.clear()
+            self.homes.clear()
+        elif line and line[0] is task:
             line.popleft()
+            self.numbers.popleft()
         elif heap and heap[0][2] is task:
             heapq.heappop(heap)
         elif len(line) + len(heap) > 2 * self.num_waiting + 64:
-            self.line = deque(entry for entry in line if entry[2].sequence == entry[1])
+            kept = [(t, number) for t, number in self._in_line() if t.sequence == number]
+            self.line = deque(t for t, _ in kept)
+            self.numbers = deque(number for _, number in kept)
             self.heap = [entry for entry in heap if entry[2].sequence == entry[1]]
             heapq.heapify(self.heap)
-        if not self.num_waiting:
-            self.line.clear()
-            self.heap.clear()
-            self.homes.clear()
 
     def head(self) -> Task | None:
         """The next task."""
-        line, heap = self.line, self.heap
-        while line and line[0][2].sequence != line[0][1]:
+        line, numbers, heap = self.line, self.numbers, self.heap
+        while line and line[0].sequence != numbers[0]:
             line.popleft()
+            numbers.popleft()
+        if not heap:
+            return line[0] if line else None
         while heap and heap[0][2].sequence != heap[0][1]:
             heapq.heappop(heap)
-        if heap and (not line or heap[0] < line[0]):
+        if heap and (not line or heap[0][:2] < (line[0].priority, numbers[0])):
             return heap[0][2]
-        return line[0][2] if line else None
+        return line[0] if line else None
 
     def head_at(self, address: str) -> Task | None:
         """The next task for a worker: one whose data lie there, among equals in urgency."""
@@ -144,12 +167,11 @@ class Queue:
 
     def tasks(self) -> Iterator[Task]:
         """All of them, in no order."""
-        return (
-            task
-            for entries in (self.line, self.heap)
-            for _, sequence, task in entries
-            if task.sequence == sequence
-        )
+        yield from (task for task, number in self._in_line() if task.sequence == number)
+        yield from (task for _, number, task in self.heap if task.sequence == number)
+
+    def _in_line(self) -> Iterator[tuple[Task, int]]:
+        return zip(self.line, self.numbers, strict=True)
 
 
 def urgency(priority: Any) -> Any:
@@ -399,6 +421,7 @@ class Model:
         "supply_rate",
         "switched",
         "turn",
+        "unrestricted",
         "waiting_frames",
         "waiting_unknown",
         "wanted_replicas",
@@ -411,7 +434,9 @@ class Model:
         self.estimated_bytes = 0
         self.needs_gpu = True
         self.weight = 1.0
-        self.queues: dict[Signature, Queue] = {}
+        # Most tasks ask for nothing; their queue stays.
+        self.unrestricted = Queue(self, UNRESTRICTED)
+        self.queues: dict[Signature, Queue] = {UNRESTRICTED: self.unrestricted}
         self.queues_by_worker: dict[str, dict[Queue, None]] = {}
         # Queues that may find an open worker.
         self.runnable: dict[Queue, None] = {}

@@ -6,7 +6,6 @@ import heapq
 
 from daskshare._placement_books import (
     ANYWHERE,
-    UNRESTRICTED,
     Model,
     Replica,
     Task,
@@ -47,7 +46,7 @@ class Dispatcher(Books):
             if not worker.accepting:
                 continue
             if task is None:
-                contest.append((worker.load_seconds, worker.index, worker))
+                contest.append((self._soonest_seconds(worker), worker.index, worker))
             elif not worker.in_flight:
                 self._book(task, task.model.replicas[worker], now_seconds, out, "it runs alone")
         heapq.heapify(contest)
@@ -66,16 +65,28 @@ class Dispatcher(Books):
                 if contest[0][2] is not worker:
                     continue
             self._book(task, replica, now_seconds, out, "a slot came free there")
+            heapq.heapreplace(contest, (self._soonest_seconds(worker), index, worker))
+
+    def _soonest_seconds(self, worker: Worker) -> float:
+        """Before which nothing that the worker gets next can end; where tasks are alike, when."""
+        seconds = worker.load_seconds
+        if len(worker.ready) == 1:
+            replica = worker.ready[0]
+            model = replica.model
+            if model.num_waiting == model.waiting_unknown:
+                seconds += model.frames_mean / replica.rate
+        return seconds
 
     def _choose(self, worker: Worker) -> tuple[Task, Replica, float] | None:
         """What a worker should get next, and when that would end."""
-        hungry = [replica for replica in worker.ready if replica.model.num_waiting]
+        hungry = worker.ready
         if len(hungry) > 1:
+            hungry = [replica for replica in hungry if replica.model.num_waiting]
             # Time that a model had nothing to do gives it no right to catch up.
             least = worker.turn
             hungry.sort(key=lambda r: (r.turn if r.turn > least else least, r.model.turn))
         for replica in hungry:
-            task = self._next_for(replica)
+            task = self._next_for(replica) if replica.model.num_waiting else None
             if task is not None:
                 finish_seconds = worker.load_seconds + replica.model.work_of(task) / replica.rate
                 if not self._ends_sooner_elsewhere(task, replica, finish_seconds):
@@ -85,7 +96,7 @@ class Dispatcher(Books):
     def _ends_sooner_elsewhere(self, task: Task, here: Replica, finish_seconds: float) -> bool:
         """Whether another worker with a free slot would finish it first."""
         model = here.model
-        if task.queue.signature is not UNRESTRICTED:
+        if task.queue is not model.unrestricted:
             return False
         for group in model.classes.values():
             if not group.heap:
@@ -121,9 +132,8 @@ class Dispatcher(Books):
     def _next_for(self, replica: Replica) -> Task | None:
         model, worker = replica.model, replica.worker
         best: Task | None = None
-        queue = model.queues.get(UNRESTRICTED)
-        if queue is not None and queue.num_waiting:
-            best = queue.head_at(worker.address)
+        if model.unrestricted.num_waiting:
+            best = model.unrestricted.head_at(worker.address)
             if best is not None and not self._worthwhile(best, replica):
                 best = None
         by_worker = model.queues_by_worker
@@ -272,27 +282,30 @@ class Dispatcher(Books):
     def _book(
         self, task: Task, replica: Replica, now_seconds: float, out: list[Dispatch], why: str
     ) -> None:
-        model, worker = task.model, replica.worker
+        model, worker, device = task.model, replica.worker, replica.worker.device
         self.dequeue(task)
-        frames = model.work_of(task)
-        seconds = frames / replica.rate
+        seconds = model.work_of(task) / replica.rate
         task.seconds = seconds
         task.sent_seconds = now_seconds
         task.replica = replica
         worker.in_flight[task.key] = task
         worker.outstanding_seconds += seconds
-        worker.device.outstanding_seconds += seconds
-        if task.queue.signature.alone:
+        device.outstanding_seconds += seconds
+        signature = task.queue.signature
+        if signature.alone:
             worker.held_for = task
-        if task.queue.signature.resources:
-            worker.reserve(task.queue.signature.resources, 1)
+        if signature.resources:
+            worker.reserve(signature.resources, 1)
         replica.in_flight += 1
         replica.last_used_seconds = now_seconds
         model.in_flight += 1
-        worker.turn = max(worker.turn, replica.turn)
-        replica.turn = worker.turn + seconds / model.weight
-        self._virtual_turn = max(self._virtual_turn, model.turn)
-        model.turn += seconds / model.weight
+        if worker.turn < replica.turn:
+            worker.turn = replica.turn
+        if self._virtual_turn < model.turn:
+            self._virtual_turn = model.turn
+        turn = seconds / model.weight
+        replica.turn = worker.turn + turn
+        model.turn += turn
         self.num_dispatched += 1
         decision = Dispatch(
             task.key,
@@ -319,9 +332,10 @@ class Dispatcher(Books):
             worker.outstanding_seconds = 0.0
             if not any(w.in_flight for w in device.workers.values()):
                 device.outstanding_seconds = 0.0
-        if task.queue.signature.resources:
-            worker.reserve(task.queue.signature.resources, -1)
-        if task.queue.signature.alone:
+        signature = task.queue.signature
+        if signature.resources:
+            worker.reserve(signature.resources, -1)
+        if signature.alone:
             self._let_go(task)
         replica.in_flight -= 1
         replica.last_used_seconds = now_seconds

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from daskshare._placement_backlog import Backlog
-from daskshare._placement_books import UNRESTRICTED, Model, Queue, Task, Worker
+from daskshare._placement_books import Model, Queue, Task, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
 from daskshare._placement_types import Fail
@@ -190,9 +190,9 @@ class Planner:
 
     def _give_up(self, model: Model, workers: Sequence[Worker], now_seconds: float) -> None:
         if any(r.state in ("loading", "ready", "draining") for r in model.replicas.values()):
-            queues = [q for s, q in model.queues.items() if s != UNRESTRICTED]
+            queues = [q for q in model.queues.values() if q is not model.unrestricted]
         else:
-            queues = list(model.queues.values())
+            queues = [q for q in model.queues.values() if q.num_waiting]
             if model.failures_in_row >= self.options.max_load_attempts:
                 self._fail_model(model, now_seconds)
                 return
@@ -211,7 +211,7 @@ class Planner:
                 f is not None and f.count >= tries and f.after_loads == model.num_loaded
                 for f in failures
             ):
-                if queue.signature == UNRESTRICTED:
+                if queue is model.unrestricted:
                     self._fail_model(model, now_seconds)
                     return
                 self._fail_waiting(model, [queue], "load", model.failed_reason)
@@ -255,8 +255,8 @@ class Planner:
         for queue in model.queues.values():
             if not queue.num_waiting:
                 continue
-            able = workers if queue.signature == UNRESTRICTED else self._able(queue, workers)
-            if queue.signature == UNRESTRICTED:
+            able = workers if queue is model.unrestricted else self._able(queue, workers)
+            if queue is model.unrestricted:
                 served = any(
                     r.state in ("loading", "ready") and w.accepting
                     for w, r in model.replicas.items()

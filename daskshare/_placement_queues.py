@@ -62,12 +62,12 @@ class Books:
     def enqueue(self, task: Task, signature: Signature, *, again: bool = False) -> None:
         """Let a task wait; one that was lost goes before others of its priority."""
         model = task.model
-        queue = model.queues.get(signature)
+        queue = model.unrestricted if signature is UNRESTRICTED else model.queues.get(signature)
         if queue is None:
             queue = model.queues[signature] = Queue(model, signature)
             if signature.alone:
                 self._alone[queue] = None
-            elif signature != UNRESTRICTED:
+            else:
                 for address in sorted(signature.addresses or {ANYWHERE}):
                     model.queues_by_worker.setdefault(address, {})[queue] = None
         task.queue = queue
@@ -97,7 +97,7 @@ class Books:
             model.waiting_frames -= task.frames
         if not model.num_waiting:
             model.waiting_frames = 0.0
-        if not queue.num_waiting and queue.signature != UNRESTRICTED:
+        if not queue.num_waiting and queue is not model.unrestricted:
             self._drop_queue(queue)
 
     def _drop_queue(self, queue: Queue) -> None:

@@ -196,6 +196,13 @@ class WorkerEvents(ModelEvents):
             return
         now = self._at(now_seconds)
         worker.device.reported_free_bytes = free_bytes
+        # First, because what is taken over is judged by it.
+        measured = False
+        for model_key, rate in (frames_per_second or {}).items():
+            model = books.models.get(model_key)
+            if model is not None and rate and 0 < rate < math.inf:
+                books.speeds.report(worker.device, model, rate)
+                measured = True
         for model_key, num_bytes in resident.items():
             model = books.models.get(model_key)
             if model is None:
@@ -214,12 +221,6 @@ class WorkerEvents(ModelEvents):
             replica.missing_reports += 1
             if replica.missing_reports > 1 and not replica.in_flight:
                 rooms.remove(replica)
-        measured = False
-        for model_key, rate in (frames_per_second or {}).items():
-            model = books.models.get(model_key)
-            if model is not None and rate and 0 < rate < math.inf:
-                books.speeds.report(worker.device, model, rate)
-                measured = True
         if measured:
             for sibling in worker.device.workers.values():
                 for replica in sibling.ready.copy():

@@ -102,7 +102,48 @@ class GpuPool(WorkerEvents):
         InvalidInputError
             When the key is known, the model is not, or ``frames`` is no number >= 0.
         """
+        self.add(
+            Task(key),
+            model_key,
+            priority=priority,
+            frames=frames,
+            workers=workers,
+            resources=resources,
+            dependency_bytes=dependency_bytes,
+            alone=alone,
+            now_seconds=now_seconds,
+        )
+
+    def add(
+        self,
+        task: Task,
+        model_key: str,
+        *,
+        priority: Any = (0,),
+        frames: float | None = None,
+        workers: Collection[str] | None = None,
+        resources: Mapping[str, float] | None = None,
+        dependency_bytes: Mapping[str, int] | None = None,
+        alone: bool = False,
+        now_seconds: float,
+    ) -> None:
+        """Take in a task as :meth:`add_task` does, in an object that its owner keeps.
+
+        Parameters
+        ----------
+        task : Task
+            Of a key that is not in the pool; an extended class may say more of it. The pool writes
+            on it until it is finished or forgotten; afterwards it may come again.
+        model_key, priority, frames, workers, resources, dependency_bytes, alone, now_seconds
+            As for :meth:`add_task`.
+
+        Raises
+        ------
+        InvalidInputError
+            As :meth:`add_task` does.
+        """
         books = self._books
+        key = task.key
         if key in books.tasks or (frames is not None and not 0 <= frames < math.inf):
             raise InvalidInputError(
                 f"Got task {key!r} of {frames} frames; expected a key that is not in the pool "
@@ -114,9 +155,10 @@ class GpuPool(WorkerEvents):
             frames = max(1.0, float(frames))
             model.frames_count = min(model.frames_count + 1, 1000)
             model.frames_mean += (frames - model.frames_mean) / model.frames_count
-        task = Task(key, model, priority, frames)
-        if dependency_bytes:
-            task.dependencies = dict(dependency_bytes)
+        task.model = model
+        task.priority = priority
+        task.frames = frames
+        task.dependencies = dict(dependency_bytes) if dependency_bytes else None
         signature = UNRESTRICTED
         if workers or resources or alone:
             signature = Signature(

@@ -122,6 +122,7 @@ def books(client: Any) -> dict[str, Any]:
 
     async def look(dask_scheduler: Any) -> dict[str, Any]:
         allocator = dask_scheduler.plugins[PLUGIN_NAME].allocator
+        allocator.settle()
         allocator.pool.validate()
         snapshot = allocator.pool.snapshot()
         return {
