@@ -41,6 +41,7 @@ class Journal:
         """Take down decisions that were carried out."""
         told: list[dict[str, Any]] = []
         dispatches: list[Dispatch] = []
+        all_recent = self._recent
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 dispatches.append(decision)
@@ -48,9 +49,9 @@ class Journal:
                 told.append(_describe(decision))
                 if isinstance(decision, Fail):
                     continue
-            recent = self._recent.get(decision.worker)
+            recent = all_recent.get(decision.worker)
             if recent is None:
-                recent = self._recent[decision.worker] = deque(maxlen=_KEPT)
+                recent = all_recent[decision.worker] = deque(maxlen=_KEPT)
             recent.append(decision)
         event = {
             "action": "decided",

@@ -379,27 +379,26 @@ class Allocator:
         self.kick()
 
     def _carry_out(self, decisions: list[Decision]) -> None:
-        scheduler = self._scheduler
+        scheduler, held, tasks = self._scheduler, self._held, self._scheduler.tasks
         stimulus = _stimulus("decide")
-        sent: list[HeldTask] = []
+        sent: list[TaskState] = []
         failed: list[Fail] = []
         for decision in decisions:
             if isinstance(decision, Dispatch):
-                held = self._held[decision.task]
-                worker = decision.worker
-                held.send(scheduler.tasks[held.key], worker, self._only[worker])
-                sent.append(held)
+                task = held[decision.task]
+                ts = tasks[task.key]
+                task.send(ts, decision.worker, self._only[decision.worker])
+                sent.append(ts)
             elif isinstance(decision, Fail):
                 failed.append(decision)
             else:
                 self.loader.carry_out(decision)
         if sent:
             # Dask takes recommendations from the end.
-            scheduler.transitions({held.key: "processing" for held in reversed(sent)}, stimulus)
-            for held in sent:
-                ts = scheduler.tasks.get(held.key)
-                if ts is not None and ts.state == "no-worker":
-                    self._refused(held, ts)
+            scheduler.transitions({ts.key: "processing" for ts in reversed(sent)}, stimulus)
+            for ts in sent:
+                if ts.state == "no-worker":
+                    self._refused(held[ts.key], ts)
         # Last, because Dask drops what only a failed task's successors wanted.
         for fail in failed:
             self._fail(fail, stimulus)
