@@ -2,9 +2,10 @@
 
 The same tasks run on two clusters side by side, one with daskshare installed and one without, in
 turns; who begins changes from round to round, and the bars are medians of each round's difference,
-because a shared machine is faster at one time than at another. Both have two workers with as many threads as a GPU's worker has. Beside the wall time of a
-task, the time that the scheduler's event loop computes for it is given: where the machine does
-other things as well, only that one means something.
+because a shared machine is faster at one time than at another. Both have two workers with as many
+threads as a GPU's worker has. Beside the wall time of a task, the time that the scheduler's event
+loop computes for it is given: where the machine does other things as well, only that one means
+something.
 """
 
 from __future__ import annotations
