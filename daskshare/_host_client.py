@@ -269,7 +269,7 @@ class HostClient:
     def _filled(self, header: dict[str, Any], encoded: Encoded) -> _Pending:
         if encoded.num_bytes <= _INLINE_BYTES or not (self._link and self._link.shares_memory):
             # Copied: it may have to be sent again after the caller has changed its arrays.
-            return _Pending(header, [b"".join(bytes(piece) for piece in encoded.body())], None)
+            return _Pending(header, [b"".join(encoded.body())], None)
         segment = self._segment(encoded.num_bytes)
         encoded.write(segment.memory)
         header["segment"] = segment.number

@@ -19,6 +19,7 @@ import numpy as np
 
 from daskshare._engine_activity import DeviceActivity, Switch
 from daskshare._engine_stats import EngineStats, Tally
+from daskshare._host_values import BytesRows
 from daskshare.config import EngineOptions
 from daskshare.errors import EngineClosedError, InvalidInputError, ModelLoadError
 
@@ -150,7 +151,7 @@ class PredictProgram:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    inputs: tuple[np.ndarray, ...]
+    inputs: tuple[np.ndarray | BytesRows, ...]
     rows: int
     group: Hashable
     arrived_seconds: float
@@ -225,8 +226,8 @@ class PredictEngine:
 
         Parameters
         ----------
-        inputs : sequence of numpy.ndarray
-            As many as ``predict`` takes, equally long.
+        inputs : sequence of numpy.ndarray or BytesRows
+            As many as ``predict`` takes, equally long; copied when their turn comes.
         task : hashable
             Whose call it is; calls are taken in the order of their arrival.
 
@@ -239,7 +240,9 @@ class PredictEngine:
         Exception
             What ``predict`` raises.
         """
-        arrays = tuple(np.asarray(array) for array in inputs)
+        arrays = tuple(
+            array if isinstance(array, BytesRows) else np.asarray(array) for array in inputs
+        )
         lengths = [len(array) if array.ndim else -1 for array in arrays]
         if not lengths or lengths[0] < 0 or len(set(lengths)) > 1:
             raise InvalidInputError(
@@ -350,7 +353,7 @@ class PredictEngine:
         started = time.monotonic()
         try:
             # A copy, because the function may write into what it gets.
-            result = self._predict(*(array.copy() for array in call.inputs))
+            result = self._predict(*(np.array(array) for array in call.inputs))
         except BaseException as error:
             with self._lock:
                 self._tally.errors += 1

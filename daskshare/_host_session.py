@@ -157,9 +157,11 @@ class Session:
             return self._server.report()
         if op == "retire":
             return self._retire()
-        value = decode(header["tree"], memory)
         model = header.get("model")
         lease = None if model is None else self._lease(model)
+        # A caller's function runs one call at a time; those that wait need no rows of their own.
+        late = op == "infer" and lease is not None and isinstance(lease.spec, PredictSpec)
+        value = decode(header["tree"], memory, late=late)
         call = Call(header.get("arguments", {}), value, lease, self._name, self.cancelled)
         if op == "infer":
             return call.lease.infer(call.value, task=call.task)

@@ -13,10 +13,12 @@ import pyarrow as pa
 from daskshare.errors import HostError, InvalidInputError
 from daskshare.models.spec import Detections
 
-__all__ = ["Encoded", "decode", "encode"]
+__all__ = ["BytesRows", "Encoded", "decode", "encode"]
 
 # Of a cache line, so that every array starts aligned for any instruction.
 _ALIGNMENT = 64
+# Shorter rows of bytes are joined: a piece for each would cost more than the copy.
+_PIECE_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -49,7 +51,9 @@ class Encoded:
         at = 0
         for offset, part in self.parts:
             view = memoryview(part).cast("B")
-            pieces += [bytes(offset - at), view]
+            if offset > at:
+                pieces.append(bytes(offset - at))
+            pieces.append(view)
             at = offset + len(view)
         return pieces
 
@@ -61,8 +65,66 @@ class Encoded:
             return [0, 0]
         offset = self.num_bytes
         self.parts.append((offset, part))
-        self.num_bytes = -(-(offset + length) // _ALIGNMENT) * _ALIGNMENT
+        self.num_bytes = _aligned(offset + length)
         return [offset, length]
+
+    def put_rows(self, rows: Sequence[bytes]) -> list[int]:
+        """Book room for rows of bytes, one after the other; returns offset and length of all."""
+        length = sum(map(len, rows))
+        if length < _PIECE_BYTES * len(rows):
+            return self.put(b"".join(rows))
+        offset = at = self.num_bytes
+        for row in rows:
+            if row:
+                self.parts.append((at, row))
+                at += len(row)
+        self.num_bytes = _aligned(at)
+        return [offset, length]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+class BytesRows:
+    """An array of bytes whose rows are still in the memory that they came in.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the array.
+    lengths : numpy.ndarray
+        Bytes of each row; -1: the row is None.
+    memory : memoryview
+        The rows, one after the other.
+
+    Notes
+    -----
+    Each ``numpy.asarray`` makes an array of new bytes objects.
+    """
+
+    dtype = np.dtype(object)
+
+    def __init__(self, shape: tuple[int, ...], lengths: np.ndarray, memory: memoryview) -> None:
+        if lengths.size != math.prod(shape) or (lengths < -1).any():
+            raise ValueError(f"{lengths.size} rows of bytes for an array of shape {shape}")
+        self.shape = shape
+        self.ndim = len(shape)
+        self._missing = (lengths < 0).tolist()
+        self._stops = np.cumsum(np.maximum(lengths, 0)).tolist()
+        if len(memory) != (self._stops[-1] if self._stops else 0):
+            raise ValueError(f"rows of {self._stops[-1:]} bytes in {len(memory)}")
+        self._memory = memory
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        starts = [0, *self._stops[:-1]]
+        rows = zip(starts, self._stops, self._missing, strict=False)
+        return _as_objects([None if no else bytes(self._memory[a:b]) for a, b, no in rows]).reshape(
+            self.shape
+        )
 
 
 def encode(value: Any) -> Encoded:
@@ -139,8 +201,10 @@ def _array(array: np.ndarray, out: Encoded) -> list[Any]:
 
 
 def _objects(array: np.ndarray, out: Encoded) -> Any:
-    """Texts, bytes, decimals and nested arrays, through Arrow's types."""
+    """Bytes as they are; texts, decimals and nested arrays through Arrow's types."""
     flat = array.reshape(-1).tolist()
+    if _are_bytes(flat):
+        return {"y": [list(array.shape), *_bytes_rows(flat, out)]}
     # pandas marks missing texts by NaN, Spark's older ones by None: give back what was got.
     as_nan = any(isinstance(item, float) and math.isnan(item) for item in flat)
     try:
@@ -155,6 +219,18 @@ def _objects(array: np.ndarray, out: Encoded) -> Any:
     return {"o": [list(array.shape), as_nan, arrays, *out.put(_ipc(batch))]}
 
 
+def _are_bytes(values: list[Any]) -> bool:
+    return all(value is None or type(value) is bytes for value in values) and any(
+        value is not None for value in values
+    )
+
+
+def _bytes_rows(values: list[Any], out: Encoded) -> list[Any]:
+    lengths = [-1 if value is None else len(value) for value in values]
+    rows = [value or b"" for value in values]
+    return [_array(np.array(lengths, np.int64), out), *out.put_rows(rows)]
+
+
 def _ipc(batch: pa.RecordBatch) -> Any:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
@@ -165,8 +241,8 @@ def _ipc(batch: pa.RecordBatch) -> Any:
 def _list(values: list[Any], out: Encoded) -> Any:
     if values and all(isinstance(value, Detections) for value in values):
         return {"l": [], "x": _detections(values, out)}
-    if values and all(isinstance(value, bytes) for value in values):
-        return {"o": [*_objects(_as_objects(values), out)["o"]], "list": True}
+    if values and all(type(value) is bytes for value in values):
+        return {"y": [[len(values)], *_bytes_rows(values, out)], "list": True}
     rows = _rows(values, out)
     return {"l": [_encode(value, out) for value in values]} if rows is None else rows
 
@@ -211,7 +287,7 @@ def _detections(values: Sequence[Detections], out: Encoded) -> Any:
     ]
 
 
-def decode(tree: Any, memory: memoryview) -> Any:
+def decode(tree: Any, memory: memoryview, *, late: bool = False) -> Any:
     """Undo :func:`encode`.
 
     Parameters
@@ -220,6 +296,8 @@ def decode(tree: Any, memory: memoryview) -> Any:
         From :attr:`Encoded.tree`.
     memory : memoryview
         What it points into.
+    late : bool
+        Whether arrays of bytes come as :class:`BytesRows`, for who needs them later.
 
     Returns
     -------
@@ -232,7 +310,7 @@ def decode(tree: Any, memory: memoryview) -> Any:
         When the tree points outside the memory or makes no sense.
     """
     try:
-        return _decode(tree, memory)
+        return _decode(tree, memory, late)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, pa.ArrowInvalid) as error:
         raise HostError(
             f"A message makes no sense ({type(error).__name__}: {error}). Both processes must run "
@@ -240,7 +318,7 @@ def decode(tree: Any, memory: memoryview) -> Any:
         ) from error
 
 
-def _decode(tree: Any, memory: memoryview) -> Any:
+def _decode(tree: Any, memory: memoryview, late: bool) -> Any:
     if not isinstance(tree, dict):
         return tree
     if "a" in tree:
@@ -248,23 +326,28 @@ def _decode(tree: Any, memory: memoryview) -> Any:
     if "s" in tree:
         return _view(tree["s"], memory)[()]
     if "d" in tree:
-        return {name: _decode(part, memory) for name, part in tree["d"]}
+        return {name: _decode(part, memory, late) for name, part in tree["d"]}
     if "t" in tree:
-        return tuple(_decode(part, memory) for part in tree["t"])
+        return tuple(_decode(part, memory, late) for part in tree["t"])
     if "x" in tree:
         found = _decode_detections(tree["x"], memory)
         return found[0] if "one" in tree else found
     if "l" in tree:
-        return [_decode(part, memory) for part in tree["l"]]
+        return [_decode(part, memory, late) for part in tree["l"]]
     if "b" in tree:
         return bytes(_slice(memory, *tree["b"]))
     if "r" in tree:
         count, columns = tree["r"]
         arrays = [(name, _view(column, memory)) for name, column in columns]
         return [{name: array[i] for name, array in arrays} for i in range(count)]
+    if "y" in tree:
+        shape, lengths, offset, length = tree["y"]
+        rows = BytesRows(tuple(shape), _view(lengths, memory), _slice(memory, offset, length))
+        if "list" in tree:
+            return np.asarray(rows).tolist()
+        return rows if late else np.asarray(rows)
     if "o" in tree:
-        array = _decode_objects(tree["o"], memory)
-        return array.tolist() if "list" in tree else array
+        return _decode_objects(tree["o"], memory)
     return _table(memory, *tree["p"])
 
 

@@ -15,8 +15,10 @@ import pytest
 
 from daskshare import _host_address, _host_operations
 from daskshare._host_link import SocketLink
+from daskshare._host_predict import PredictProgram
 from daskshare._host_start import connect
-from daskshare._host_wire import MAX_BODY_BYTES, OwnSegment, receive, send
+from daskshare._host_values import BytesRows
+from daskshare._host_wire import MAX_BODY_BYTES, PROTOCOL_VERSION, OwnSegment, receive, send
 from daskshare.config import EngineOptions, HostOptions, ShareOptions
 from daskshare.device import Device
 from daskshare.errors import (
@@ -120,8 +122,6 @@ def test_many_clients_share_one_load_and_their_rows_one_batch(place):
     program_made = []
 
     def load(self, device):
-        from daskshare._host_predict import PredictProgram
-
         program_made.append(1)
         return PredictProgram(make(), self)
 
@@ -247,6 +247,41 @@ def test_as_many_calls_run_at_once_as_were_asked_for_with_the_cores_divided():
     finally:
         torch.set_num_threads(before)
         engine.close()
+
+
+def test_rows_of_bytes_that_wait_for_their_turn_are_not_copied(place, monkeypatch):
+    place.serve()
+    made, inside, go = [], threading.Semaphore(0), threading.Event()
+    as_array = BytesRows.__array__
+    monkeypatch.setattr(
+        BytesRows, "__array__", lambda rows, *args, **kw: made.append(1) or as_array(rows)
+    )
+
+    def predict(rows):
+        inside.release()
+        assert go.wait(TIMEOUT)
+        result = np.array([len(row) for row in rows])
+        rows[:] = None
+        return result
+
+    monkeypatch.setattr(PredictSpec, "load", lambda spec, device: PredictProgram(predict, spec))
+    spec = predict_spec(doubling, max_batch_size=2)
+    clients = [place.client(allow_code=True) for _ in range(3)]
+    models = [client.open(spec) for client in clients]
+    rows = np.array([b"a" * 100_000, b"bc"], object)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(models[0].infer, [rows])
+        assert inside.acquire(timeout=TIMEOUT)
+        others = [pool.submit(model.infer, [rows]) for model in models[1:]]
+        engine = place.share.lease(spec).engine
+        while engine.stats().queue_frames < 4:
+            assert not others[0].done()
+        assert len(made) == 1
+        go.set()
+        for call in (first, *others):
+            assert call.result(TIMEOUT).tolist() == [100_000, 2]
+    assert len(made) == 3
+    assert rows[1] == b"bc"
 
 
 def test_large_arrays_go_through_memory_that_is_used_again(place):
@@ -517,7 +552,10 @@ def test_unknown_operations_and_models_are_named(place):
     [
         (struct.pack("<4sHHIQQ", b"DSHO", 99, 0, 2, 1, 0), "version 99"),
         (struct.pack("<4sHHIQQ", b"HTTP", 1, 0, 2, 1, 0), "HTTP"),
-        (struct.pack("<4sHHIQQ", b"DSHO", 1, 0, 2, 1, MAX_BODY_BYTES + 1), "at most"),
+        (
+            struct.pack("<4sHHIQQ", b"DSHO", PROTOCOL_VERSION, 0, 2, 1, MAX_BODY_BYTES + 1),
+            "at most",
+        ),
     ],
 )
 def test_a_stranger_is_told_what_was_expected(place, prefix, reason):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from daskshare._host_values import decode, encode
+from daskshare._host_values import BytesRows, decode, encode
 from daskshare.errors import HostError, InvalidInputError
 from daskshare.models.spec import Detections
 
@@ -52,6 +52,8 @@ def test_arrays_keep_dtype_shape_and_numbers(array):
     [
         ["a", None, "ü"],
         [b"", b"\x00\xff"],
+        [b"a", None, b""],
+        [b"x" * 9000, None, b"", b"y" * 9000],
         [decimal.Decimal("1.50"), None],
         [datetime.date(2026, 1, 2)],
         [1, None],
@@ -69,6 +71,29 @@ def test_a_missing_text_stays_the_nan_that_it_was():
     got = through(np.array(["a", math.nan], object))
     assert got[0] == "a"
     assert math.isnan(got[1])
+
+
+def test_rows_of_bytes_are_written_from_where_they_are():
+    rows = [bytes([i]) * 5000 for i in range(3)]
+    parts = [part for _, part in encode(np.array(rows, object)).parts]
+    assert all(any(part is row for part in parts) for row in rows)
+    # Of small ones, the lengths and all rows together.
+    assert len(encode(np.array([b"a", b"bc"] * 50, object)).parts) == 2
+
+
+def test_rows_of_bytes_can_be_made_later_and_anew_each_time():
+    rows = np.array([[b"ab", None], [b"", b"c" * 70]], object)
+    encoded = encode([rows, np.arange(2)])
+    memory = bytearray(encoded.num_bytes)
+    encoded.write(memoryview(memory))
+    late, numbers = decode(encoded.tree, memoryview(memory), late=True)
+    assert isinstance(late, BytesRows)
+    assert (late.shape, late.ndim, len(late), late.dtype) == ((2, 2), 2, 2, object)
+    assert isinstance(numbers, np.ndarray)
+    first = np.asarray(late)
+    assert first.tolist() == rows.tolist()
+    first[0, 0] = b"changed"
+    assert np.concatenate([late, late]).tolist() == rows.tolist() * 2
 
 
 def test_ragged_arrays_stay_arrays_in_an_object_array():
@@ -155,6 +180,9 @@ def test_anything_else_is_refused(value):
         {"b": [0, -1]},
         {"nothing": 1},
         {"p": [0, 16]},
+        {"y": [[1], ["<i8", [1], 0, 8], 8, 8]},
+        {"y": [[2], ["<i8", [1], 0, 8], 0, 0]},
+        {"y": [[1], ["<i8", [1], 0, 8], 8, 99]},
     ],
 )
 def test_a_tree_that_lies_is_refused(tree):
