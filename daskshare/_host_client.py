@@ -244,6 +244,12 @@ class HostClient:
         """Requests without an answer."""
         return len(self._pending)
 
+    @property
+    def num_pending_bytes(self) -> int:
+        """Bytes of shared memory that hold requests without an answer."""
+        segments = (pending.segment for pending in self._pending.values())
+        return sum(segment.capacity_bytes for segment in segments if segment is not None)
+
     def close(self) -> None:
         """End the connection: the host drops what it still works on. Idempotent."""
         if self._link is not None:

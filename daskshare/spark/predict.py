@@ -14,11 +14,15 @@ import cloudpickle
 from daskshare.errors import ConfigurationError
 from daskshare.host import HostedModel, PredictSpec
 from daskshare.spark.connection import check_closure, client_of_process, task_device
+from daskshare.spark.memory import release_unused
 
 if TYPE_CHECKING:
     from pyspark.sql.types import DataType
 
 __all__ = ["predict_batch_udf"]
+
+# Whoever hands over less waits too briefly, and holds too little, to give memory back meanwhile.
+_WORTH_RELEASING_BYTES = 2**20
 
 
 def predict_batch_udf(
@@ -133,7 +137,12 @@ class _RemotePredict:
                 if device not in models:
                     models[device] = shared.client.open(self._spec())
                 model = models[device]
-                return model.info["parameters"] if arrays is None else model.infer(list(arrays))
+                if arrays is None:
+                    return model.info["parameters"]
+                request = shared.client.submit("infer", value=list(arrays), model=model)
+                if shared.client.num_pending_bytes >= _WORTH_RELEASING_BYTES:
+                    release_unused()
+                return shared.client.result(request)
 
         def predict(*arrays: Any) -> Any:
             return call(arrays)

@@ -284,6 +284,19 @@ def test_rows_of_bytes_that_wait_for_their_turn_are_not_copied(place, monkeypatc
     assert rows[1] == b"bc"
 
 
+def test_a_client_knows_what_its_requests_hold_in_shared_memory(place):
+    place.serve()
+    client = place.client(allow_code=True)
+    model = client.open(predict_spec(doubling, max_batch_size=10**6))
+    small = client.submit("infer", value=[np.zeros(10)], model=model)
+    assert client.num_pending_bytes == 0
+    client.result(small)
+    large = client.submit("infer", value=[np.zeros(10**5)], model=model)
+    assert client.num_pending_bytes >= 8 * 10**5
+    client.result(large)
+    assert client.num_pending_bytes == 0
+
+
 def test_large_arrays_go_through_memory_that_is_used_again(place):
     place.serve()
     client = place.client(allow_code=True)
