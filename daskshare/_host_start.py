@@ -12,7 +12,7 @@ import time
 import dask.config
 import filelock
 
-from daskshare._host_address import HostAddress, check_peer
+from daskshare._host_address import CPU, HostAddress, check_peer
 from daskshare._host_process import READY
 from daskshare.config import HostOptions
 from daskshare.errors import HostError
@@ -113,6 +113,10 @@ def _start(address: HostAddress, options: HostOptions, deadline: float) -> None:
 
 def _spawn(address: HostAddress, ready: int) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_HOSTS}
+    if address.device == CPU:
+        # Threads that call models and threads that serve would each keep as much as the largest
+        # pass left free in an arena of their own.
+        environment.setdefault("MALLOC_ARENA_MAX", "1")
     # The package may have come to this process by its path alone.
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     environment["DASK_INTERNAL_INHERIT_CONFIG"] = dask.config.serialize(dask.config.global_config)

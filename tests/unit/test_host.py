@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,7 @@ import dask.config
 import numpy as np
 import pytest
 
-from daskshare import _host_address, _host_operations
+from daskshare import _host_address, _host_operations, _host_start
 from daskshare._host_link import SocketLink
 from daskshare._host_predict import PredictProgram
 from daskshare._host_start import connect
@@ -295,6 +296,28 @@ def test_a_client_knows_what_its_requests_hold_in_shared_memory(place):
     assert client.num_pending_bytes >= 8 * 10**5
     client.result(large)
     assert client.num_pending_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "inherited", "expected"),
+    [("cpu", None, "1"), ("cpu", "4", "4"), ("GPU-1", None, None)],
+)
+def test_the_threads_of_a_cpus_host_share_one_arena(
+    tmp_path, monkeypatch, device, inherited, expected
+):
+    if inherited is None:
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", inherited)
+    given = []
+
+    def run(command, *, env, **options):
+        given.append(env.get("MALLOC_ARENA_MAX"))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(_host_start.subprocess, "run", run)
+    _host_start._spawn(HostAddress(device, str(tmp_path)), 1)
+    assert given == [expected]
 
 
 def test_large_arrays_go_through_memory_that_is_used_again(place):
