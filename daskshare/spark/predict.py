@@ -135,6 +135,8 @@ class _RemotePredict:
             shared = client_of_process(device, allow_code=True)
             with shared.lock:
                 if device not in models:
+                    # The first of a machine's workers waits for a load, and the others with it.
+                    release_unused()
                     models[device] = shared.client.open(self._spec())
                 model = models[device]
                 if arrays is None:
