@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["predict_batch_udf"]
 
-# Whoever hands over less waits too briefly, and holds too little, to give memory back meanwhile.
+# Whoever hands over less holds too little to give memory back while it waits, and who waits no
+# longer than this, as for a GPU, too briefly.
 _WORTH_RELEASING_BYTES = 2**20
+_WORTH_RELEASING_SECONDS = 0.1
 
 
 def predict_batch_udf(
@@ -129,8 +133,10 @@ class _RemotePredict:
 
     def __call__(self) -> Callable[..., Any]:
         models: dict[str, HostedModel] = {}
+        waited_seconds = math.inf
 
         def call(arrays: Sequence[Any] | None) -> Any:
+            nonlocal waited_seconds
             device = task_device()
             shared = client_of_process(device, allow_code=True)
             with shared.lock:
@@ -142,9 +148,15 @@ class _RemotePredict:
                 if arrays is None:
                     return model.info["parameters"]
                 request = shared.client.submit("infer", value=list(arrays), model=model)
-                if shared.client.num_pending_bytes >= _WORTH_RELEASING_BYTES:
+                submitted_seconds = monotonic()
+                if (
+                    waited_seconds > _WORTH_RELEASING_SECONDS
+                    and shared.client.num_pending_bytes >= _WORTH_RELEASING_BYTES
+                ):
                     release_unused()
-                return shared.client.result(request)
+                result = shared.client.result(request)
+                waited_seconds = monotonic() - submitted_seconds
+                return result
 
         def predict(*arrays: Any) -> Any:
             return call(arrays)

@@ -48,12 +48,24 @@ def test_arrows_pool_is_asked_too(monkeypatch):
     assert asked == [1]
 
 
+RELEASES = ["submit", "release", "result"]
+KEEPS = ["submit", "result"]
+
+
 @pytest.mark.parametrize(
-    ("num_bytes", "expected"),
-    [(10, ["submit", "result"]), (2 * MB, ["submit", "release", "result"])],
+    ("num_bytes", "wait_seconds", "expected"),
+    [
+        (10, 5.0, [*KEEPS, *KEEPS]),
+        (2 * MB, 5.0, [*RELEASES, *RELEASES]),
+        # How long it waits it knows from the last time.
+        (2 * MB, 0.01, [*RELEASES, *KEEPS]),
+    ],
 )
-def test_a_worker_gives_memory_back_before_each_long_wait(monkeypatch, num_bytes, expected):
+def test_a_worker_gives_memory_back_before_each_long_wait(
+    monkeypatch, num_bytes, wait_seconds, expected
+):
     steps = []
+    now = [0.0]
 
     class Client:
         num_pending_bytes = num_bytes
@@ -70,12 +82,15 @@ def test_a_worker_gives_memory_back_before_each_long_wait(monkeypatch, num_bytes
         def result(self, request):
             assert request == 7
             steps.append("result")
+            now[0] += wait_seconds
             return self.value[0] * 2
 
     shared = SharedClient(Client(), 1)
     monkeypatch.setattr(predict_module, "task_device", lambda: "cpu")
     monkeypatch.setattr(predict_module, "client_of_process", lambda device, allow_code: shared)
     monkeypatch.setattr(predict_module, "release_unused", lambda: steps.append("release"))
+    monkeypatch.setattr(predict_module, "monotonic", lambda: now[0])
     predict = predict_module._RemotePredict("mine", "k", b"", 8, 1)()
     assert predict(np.arange(2)).tolist() == [0, 2]
+    assert predict(np.arange(3)).tolist() == [0, 2, 4]
     assert steps == ["release", "open", *expected]
