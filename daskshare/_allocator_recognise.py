@@ -7,10 +7,12 @@ by the :class:`~daskshare.client.SharedModel` in its run_spec, whatever collecti
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import types
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
+from numbers import Real
 from typing import Any
 
 from dask._task_spec import Alias, DataNode, Task, TaskRef
@@ -197,16 +199,18 @@ def annotated_model(value: Any) -> tuple[str | None, Any | None]:
     return None, None
 
 
-def known_frames(run_spec: Any) -> int | None:
+def known_frames(run_spec: Any) -> float | None:
     """Frames of the video that a task was given; None when it has none, or they are not known.
 
     Counts arguments of classes with ``num_frames``, as a
-    :class:`~daskshare.video.chunk.VideoChunk` has.
+    :class:`~daskshare.video.chunk.VideoChunk` has; what is no number above 0 is not known.
     """
     if type(run_spec) is not Task:
         return None
-    found = 0
+    found = 0.0
     for argument in run_spec.args:
         if type(argument) not in _FRAMELESS and hasattr(type(argument), "num_frames"):
-            found += argument.num_frames
+            frames = argument.num_frames
+            if isinstance(frames, Real) and 0 < float(frames) < math.inf:
+                found += float(frames)
     return found or None

@@ -240,6 +240,8 @@ class PredictEngine:
         Exception
             What ``predict`` raises.
         """
+        if isinstance(inputs, BytesRows):
+            inputs = np.asarray(inputs)
         arrays = tuple(
             array if isinstance(array, BytesRows) else np.asarray(array) for array in inputs
         )

@@ -104,7 +104,7 @@ class Queue:
         """Add a task under a number that no other entry of its queue has."""
         task.sequence = sequence
         order = (task.priority, sequence)
-        if self.last is None or order > self.last:
+        if not self.line or self.last is None or order > self.last:
             self.line.append(task)
             self.numbers.append(sequence)
             self.last = order

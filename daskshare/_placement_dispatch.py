@@ -123,6 +123,9 @@ class Dispatcher(Books):
             replica = task.model.replicas.get(worker) if worker is not None else None
             if replica is None or replica.speed_class is None or not replica.worker.is_open:
                 continue
+            if not self._worthwhile(task, replica):
+                # It would not take the task, so nobody may leave it to that worker.
+                continue
             seconds = replica.worker.load_seconds + task.model.work_of(task) / replica.rate
             seconds += self._transfer_seconds(task, replica.worker)
             if found is None or seconds < found[1]:

@@ -244,6 +244,7 @@ class Planner:
         for task in sorted(tasks, key=lambda t: (t.priority, t.sequence)):
             self.books.dequeue(task)
             del self.books.tasks[task.key]
+            task.dependencies = None
             self.rooms.decisions.append(
                 Fail(task.key, "load" if kind == "load" else "too_large", reason, model.key)
             )

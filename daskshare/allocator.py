@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,11 @@ class Allocator:
     send it, its restriction becomes one worker's address. All else is left to Dask, also what
     happens when workers die: the task comes back, is parked again and sent elsewhere.
 
-    Hooks only take notes: the pool hears of them and decides in a later step of the loop, once for
-    all that happened in this one. No transition may start inside another, and many notes at once
-    cost a third of what each alone does between Dask's own work.
+    No transition may start inside another, so hooks decide nothing: the pool does in a later step
+    of the loop, once for all that happened in this one. Of what happens most, tasks that are ready
+    and tasks that succeeded, hooks only take notes, because telling the pool of many at once costs
+    a fraction of what each alone does between Dask's own work. :meth:`settle` comes before
+    whatever must know.
     """
 
     def __init__(self, scheduler: Scheduler, options: AllocatorOptions) -> None:
@@ -80,8 +83,8 @@ class Allocator:
         #: Tasks for which other workers may count as others come and go.
         self._changing: set[Key] = set()
         #: Tasks that succeeded, and ones that could run now, of which the pool has not heard yet.
-        self._done: list[HeldTask] = []
-        self._arrived: list[HeldTask] = []
+        self._done: deque[HeldTask] = deque()
+        self._arrived: deque[HeldTask] = deque()
         #: Tasks that no worker can serve; see _hand_over.
         self._hopeless: list[Key] = []
         self._deaths: dict[str, list[HeldTask]] = {}
@@ -183,15 +186,12 @@ class Allocator:
 
     def settle(self) -> None:
         """Tell the pool what the hooks took notes of."""
-        pool, now_seconds = self.pool, time.monotonic()
-        if self._done:
-            done, self._done = self._done, []
-            for held in done:
-                pool.finish_task(held.key, now_seconds=now_seconds)
-        if self._arrived:
-            arrived, self._arrived = self._arrived, []
-            for held in arrived:
-                self._ready(held, self._scheduler.tasks[held.key], now_seconds)
+        now_seconds = time.monotonic()
+        while self._done:
+            self.pool.finish_task(self._done.popleft().key, now_seconds=now_seconds)
+        while self._arrived:
+            held = self._arrived.popleft()
+            self._ready(held, self._scheduler.tasks[held.key], now_seconds)
 
     def _ready(self, held: HeldTask, ts: TaskState, now_seconds: float) -> None:
         """A task could run now if there were a place for it."""
@@ -259,8 +259,7 @@ class Allocator:
 
     def restart(self) -> None:
         """Forget all tasks, as Dask did."""
-        self._done.clear()
-        self._arrived.clear()
+        self.settle()
         for key in self._held:
             self.pool.forget_task(key, now_seconds=time.monotonic())
         self._held.clear()

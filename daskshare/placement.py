@@ -197,10 +197,11 @@ class GpuPool(WorkerEvents):
         now = self._at(now_seconds)
         if task.replica is None:
             books.dequeue(task)
-            return True
-        if ok:
-            books.observe(task, now)
-        books.release(task, now)
+        else:
+            if ok:
+                books.observe(task, now)
+            books.release(task, now)
+        task.dependencies = None
         return True
 
     def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
@@ -226,6 +227,7 @@ class GpuPool(WorkerEvents):
             self._books.dequeue(task)
         else:
             self._books.release(task, now)
+        task.dependencies = None
         return True
 
     def lose_task(self, key: Hashable, *, now_seconds: float) -> bool:

@@ -285,6 +285,19 @@ def test_rows_of_bytes_that_wait_for_their_turn_are_not_copied(place, monkeypatc
     assert rows[1] == b"bc"
 
 
+def test_an_array_of_rows_of_bytes_is_one_input_for_each_of_its_rows(place, monkeypatch):
+    place.serve()
+    monkeypatch.setattr(
+        PredictSpec, "load", lambda spec, device: PredictProgram(lambda a, b: a + b, spec)
+    )
+    with place.client(allow_code=True) as client:
+        model = client.open(predict_spec(doubling, max_batch_size=2))
+        inputs = np.array([[b"a", b"b"], [b"c", b"d"]], object)
+        assert model.infer(inputs).tolist() == [b"ac", b"bd"]
+        with pytest.raises(InvalidInputError, match="equally long"):
+            model.infer(np.array([b"a", b"b"], object))
+
+
 def test_a_client_knows_what_its_requests_hold_in_shared_memory(place):
     place.serve()
     client = place.client(allow_code=True)

@@ -226,6 +226,23 @@ def test_near_the_end_a_slow_gpu_gets_nothing_that_a_fast_one_finishes_sooner():
     assert set(world.at.values()) == {"slow"}
 
 
+def test_nobody_leaves_a_task_to_a_worker_that_would_not_take_it():
+    world = World()
+    world.model("m")
+    world.task("known", frames=100.0)
+    world.pool.forget_task("known", now_seconds=0.0)
+    for address, rate in (("slow", 60.0), ("fast", 240.0)):
+        world.gpu(address)
+        world.pool.report_worker(
+            address, resident={"m": 10}, frames_per_second={"m": rate}, now_seconds=0.0
+        )
+    # Its data lie on the slow one, which is left alone near the end, and no event will come.
+    world.task("far", frames=200.0, dependency_bytes={"slow": 5 * 10**9})
+    world.task("behind", frames=200.0, priority=(0, 1))
+    world.step()
+    assert world.at == {"far": "fast", "behind": "fast"}
+
+
 def test_gpu_tasks_keep_off_workers_without_a_gpu():
     world = World()
     world.gpu("cpu", is_gpu=False)

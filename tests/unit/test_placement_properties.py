@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from daskshare._placement_books import Model, Task
 from daskshare.placement import Dispatch, Fail, GpuPool, Load, PlacementOptions, Unload
 
 ADDRESSES = [f"w{n}" for n in range(6)]
@@ -362,6 +363,8 @@ def test_a_task_starts_within_a_bounded_number_of_dispatches_in_any_flood(
     frames=st.lists(st.floats(1.0, 1e4), min_size=1, max_size=30),
     slots=st.integers(1, 3),
 )
+# The second is taken over with its own speed, not with the first one's.
+@example(rates=[71.0, 77.0], frames=[5.0, 5.0, 1.0], slots=1)
 @settings(max_examples=60, deadline=None)
 def test_tasks_go_one_by_one_to_the_device_that_ends_them_first(rates, frames, slots):
     pool = GpuPool()
@@ -421,3 +424,99 @@ def test_loads_are_bounded_however_models_alternate(num_devices, data):
         now += 1.0
     # A model that came stays 10 s: so often can each device change, and once at the start.
     assert loads <= num_devices * (now / 10.0 + 1)
+
+
+@given(
+    rates=st.lists(st.sampled_from([30.0, 60.0, 240.0, 1000.0]), min_size=1, max_size=4),
+    tasks=st.lists(
+        st.tuples(
+            st.one_of(st.none(), st.floats(1.0, 1e4)),
+            st.dictionaries(st.sampled_from(ADDRESSES), st.integers(0, 10**10), max_size=3),
+        ),
+        max_size=20,
+    ),
+    slots=st.integers(1, 3),
+)
+@example(rates=[60.0, 240.0], tasks=[(200.0, {"w0": 5 * 10**9}), (200.0, {})], slots=1)
+@settings(max_examples=80, deadline=None)
+def test_whatever_lies_where_everything_is_done(rates, tasks, slots):
+    pool = GpuPool()
+    pool.add_model("m", name="m", estimated_bytes=1, now_seconds=0.0)
+    # Only from then on reported speeds count.
+    pool.add_task("known", "m", frames=100.0, now_seconds=0.0)
+    pool.forget_task("known", now_seconds=0.0)
+    for address, rate in zip(ADDRESSES, rates, strict=False):
+        pool.add_worker(address, device_uuid=address, budget_bytes=9, slots=slots, now_seconds=0.0)
+        pool.report_worker(
+            address, resident={"m": 1}, frames_per_second={"m": rate}, now_seconds=0.0
+        )
+    for key, (frames, where) in enumerate(tasks):
+        pool.add_task(key, "m", frames=frames, dependency_bytes=where, now_seconds=0.0)
+    done = []
+    while len(done) < len(tasks):
+        sent = [d.task for d in pool.decide(0.0) if isinstance(d, Dispatch)]
+        # Nothing is in flight here, so nothing else would ever make it decide otherwise.
+        assert sent
+        for key in sent:
+            pool.finish_task(key, now_seconds=0.0)
+        done += sent
+    assert sorted(done) == list(range(len(tasks)))
+
+
+priorities = st.tuples(st.integers(-1, 1), st.integers(0, 4))
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("push"), st.integers(0, 9), priorities, st.booleans()),
+            st.tuples(st.just("take"), st.integers(0, 9)),
+            st.tuples(st.just("next")),
+        ),
+        max_size=300,
+    )
+)
+@example(
+    steps=[
+        ("push", 0, (0, 0), False),
+        ("push", 1, (0, 2), False),
+        ("push", 2, (0, 3), False),
+        ("take", 2),
+        ("push", 2, (0, 1), False),
+        ("next",),
+        ("next",),
+    ]
+)
+@settings(max_examples=100, deadline=None)
+def test_a_queue_is_in_order_though_its_tasks_come_back_with_other_priorities(steps):
+    queue = Model("m").unrestricted
+    tasks = [Task(n) for n in range(10)]
+    waiting = {}
+    for number, (what, *details) in enumerate(steps, 1):
+        if what == "push" and details[0] not in waiting:
+            key, priority, again = details
+            tasks[key].priority = priority
+            order = (priority, -number if again else number)
+            queue.push(tasks[key], order[1], None)
+            waiting[key] = order
+        elif what == "take" and details[0] in waiting:
+            queue.discard(tasks[details[0]])
+            del waiting[details[0]]
+        elif what == "next" and waiting:
+            key = min(waiting, key=waiting.__getitem__)
+            assert queue.head() is tasks[key]
+            queue.discard(tasks[key])
+            del waiting[key]
+        assert sorted(task.key for task in queue.tasks()) == sorted(waiting)
+        assert queue.num_waiting == len(waiting)
+
+
+def test_a_line_that_emptied_begins_anew():
+    queue = Model("m").unrestricted
+    tasks = [Task(n) for n in range(20)]
+    for number, task in enumerate(tasks):
+        task.priority = (0, number) if number else (5, 0)
+        queue.push(task, number, None)
+        if number == 1:
+            queue.discard(tasks[0])
+    assert (len(queue.line), len(queue.heap)) == (18, 1)
