@@ -117,13 +117,17 @@ def check_dashboard(client):
             session.close()
 
 
-def test_installed_on_a_running_cluster(client):
-    workers = call_everywhere(client)
-    state = snapshot_when(client, watched_on_each)
-    check_dashboard(client)
-    # Installing again adds nothing twice.
-    daskshare.install(client)
-    menu = get(f"{base_url(client)}/status")
+# Dask's pages come from processes of their own: bokeh's switch for validation is one for all
+# threads of a process, and here several schedulers run in threads.
+def test_installed_on_a_running_cluster(tmp_path):
+    with cluster(tmp_path, workers=2) as client:
+        daskshare.install(client)
+        workers = call_everywhere(client)
+        state = snapshot_when(client, watched_on_each)
+        check_dashboard(client)
+        # Installing again adds nothing twice.
+        daskshare.install(client)
+        menu = get(f"{base_url(client)}/status")
     assert menu.count('href="daskshare"') == 1
 
     assert {gpu["workers"][0] for gpu in state["gpus"]} == set(workers)
