@@ -201,7 +201,7 @@ class Allocator:
         allowed = held.allowed(self._scheduler) if held.restricted else None
         if self.workers.any_failed and self.workers.failed(allowed):
             self._hopeless.append(key)
-        self.pool.add(
+        self.pool.add_task(
             held,
             held.model_key,
             priority=ts.priority,

@@ -62,7 +62,7 @@ class GpuPool(WorkerEvents):
 
     def add_task(
         self,
-        key: Hashable,
+        key: Hashable | Task,
         model_key: str,
         *,
         priority: Any = (0,),
@@ -77,8 +77,10 @@ class GpuPool(WorkerEvents):
 
         Parameters
         ----------
-        key : hashable
-            Its key; not among the tasks that wait or are in flight.
+        key : hashable or Task
+            Its key; not among the tasks that wait or are in flight. Or an object that its owner
+            keeps, of a class that may say more: the pool writes on it until the task is finished
+            or forgotten; afterwards it may come again.
         model_key : str
             The registered model that it needs.
         priority : tuple
@@ -102,47 +104,8 @@ class GpuPool(WorkerEvents):
         InvalidInputError
             When the key is known, the model is not, or ``frames`` is no number >= 0.
         """
-        self.add(
-            Task(key),
-            model_key,
-            priority=priority,
-            frames=frames,
-            workers=workers,
-            resources=resources,
-            dependency_bytes=dependency_bytes,
-            alone=alone,
-            now_seconds=now_seconds,
-        )
-
-    def add(
-        self,
-        task: Task,
-        model_key: str,
-        *,
-        priority: Any = (0,),
-        frames: float | None = None,
-        workers: Collection[str] | None = None,
-        resources: Mapping[str, float] | None = None,
-        dependency_bytes: Mapping[str, int] | None = None,
-        alone: bool = False,
-        now_seconds: float,
-    ) -> None:
-        """Take in a task as :meth:`add_task` does, in an object that its owner keeps.
-
-        Parameters
-        ----------
-        task : Task
-            Of a key that is not in the pool; an extended class may say more of it. The pool writes
-            on it until it is finished or forgotten; afterwards it may come again.
-        model_key, priority, frames, workers, resources, dependency_bytes, alone, now_seconds
-            As for :meth:`add_task`.
-
-        Raises
-        ------
-        InvalidInputError
-            As :meth:`add_task` does.
-        """
         books = self._books
+        task = key if isinstance(key, Task) else Task(key)
         key = task.key
         if key in books.tasks or (frames is not None and not 0 <= frames < math.inf):
             raise InvalidInputError(
@@ -219,16 +182,7 @@ class GpuPool(WorkerEvents):
         bool
             False when the pool does not know it.
         """
-        task = self._books.tasks.pop(key, None)
-        if task is None:
-            return False
-        now = self._at(now_seconds)
-        if task.replica is None:
-            self._books.dequeue(task)
-        else:
-            self._books.release(task, now)
-        task.dependencies = None
-        return True
+        return self.finish_task(key, ok=False, now_seconds=now_seconds)
 
     def lose_task(self, key: Hashable, *, now_seconds: float) -> bool:
         """Let a task that was in flight wait again; it goes before others of its priority.
