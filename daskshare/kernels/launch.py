@@ -30,20 +30,23 @@ def _driver() -> Any:
 
 
 class KernelLaunch:
-    """A kernel of CuPy's whose arguments are some pointers, which change, and a constant.
+    """A kernel of CuPy's that takes some addresses, which change, and a constant.
 
     Parameters
     ----------
     kernel : cupy.RawKernel
-        Compiled for the device.
+        Compiled for the device. Its two arguments are structures passed by value: the addresses,
+        and the constant.
     grid, block : tuple of int
-        Three sizes each.
+        Three sizes each; a launch may multiply the grid's third one.
     num_pointers : int
-        Leading arguments, device addresses.
+        Device addresses in the first structure.
     constant : bytes
-        The last argument, a structure passed by value.
+        The second structure.
     stream : int
         Handle of the CUDA stream.
+    max_depth : int
+        Largest ``depth`` of a launch.
 
     Notes
     -----
@@ -59,27 +62,46 @@ class KernelLaunch:
         num_pointers: int,
         constant: bytes,
         stream: int,
+        max_depth: int = 1,
     ) -> None:
         self._kernel = kernel  # keeps its module loaded
-        self._pointers = [ctypes.c_uint64() for _ in range(num_pointers)]
+        self._pointers = (ctypes.c_uint64 * num_pointers)()
         self._constant = ctypes.create_string_buffer(constant, len(constant))
-        addresses = [ctypes.addressof(value) for value in (*self._pointers, self._constant)]
+        addresses = [ctypes.addressof(value) for value in (self._pointers, self._constant)]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._launch = functools.partial(
-            _driver(), kernel.kernel.ptr, *grid, *block, 0, stream, self._addresses, None
-        )
+        x, y, z = grid
+        self._launches = [
+            functools.partial(
+                *(_driver(), kernel.kernel.ptr, x, y, z * depth, *block),
+                *(0, stream, self._addresses, None),
+            )
+            for depth in range(1, max_depth + 1)
+        ]
 
-    def __call__(self, *pointers: int) -> None:
+    def __call__(self, *pointers: int, depth: int = 1) -> None:
         """Queue the kernel with these device addresses.
+
+        Parameters
+        ----------
+        *pointers : int
+            The first of the addresses; others keep their values.
+        depth : int
+            By how much the grid's third size is multiplied.
 
         Raises
         ------
+        ValueError
+            When more addresses come than the kernel takes.
         LaunchError
             When the driver refuses.
         """
-        for value, pointer in zip(self._pointers, pointers, strict=True):
-            value.value = pointer
-        error = self._launch()
+        if len(pointers) > len(self._pointers):
+            raise ValueError(
+                f"got {len(pointers)} addresses for {self._kernel.name}; expected at most "
+                f"{len(self._pointers)}"
+            )
+        self._pointers[: len(pointers)] = pointers
+        error = self._launches[depth - 1]()
         if error:
             raise LaunchError(
                 f"cuLaunchKernel returned {error} for {self._kernel.name}; expected 0. The device "

@@ -8,6 +8,7 @@ other; the frame of full size between them is never made.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,22 @@ from daskshare.kernels.colour import SAMPLE_SOURCE, YuvConversion, semiplanar_to
 from daskshare.kernels.launch import KernelLaunch
 from daskshare.kernels.preprocess import FILL, TAP_SOURCE, Letterbox, letterbox_torch
 
-__all__ = ["SurfaceLetterbox", "surface_letterbox_host"]
+__all__ = ["MAX_SURFACES", "SurfaceLetterbox", "surface_letterbox_host"]
+
+#: Surfaces that one launch takes.
+MAX_SURFACES = 8
 
 _SOURCE = (
     SAMPLE_SOURCE
     + TAP_SOURCE
     + r"""
+struct Surfaces {
+    unsigned char* out;
+    const unsigned char* luma[MAX_SURFACES];
+};
+
 struct Plan {
-    long long luma_pitch, chroma_pitch;
+    long long luma_pitch, chroma_pitch, chroma_offset;
     int source_height, source_width, height, width, inner_height, inner_width, top, left;
     float scale_y, scale_x;
     int offset, ky, krv, kgu, kgv, kbu;
@@ -45,9 +54,11 @@ __device__ __forceinline__ void pixel_at(
 }
 
 template <typename T>
-__global__ void surface_letterbox(
-    const unsigned char* luma, const unsigned char* chroma, unsigned char* out, const Plan p)
+__global__ void surface_letterbox(const Surfaces surfaces, const Plan p)
 {
+    const unsigned char* luma = surfaces.luma[blockIdx.z];
+    const unsigned char* chroma = luma + p.chroma_offset;
+    unsigned char* out = surfaces.out + (long long)blockIdx.z * p.height * p.width * 3;
     const int x = blockIdx.x * blockDim.x + threadIdx.x;
     const int y = blockIdx.y * blockDim.y + threadIdx.y;
     if (x >= p.width || y >= p.height) return;
@@ -72,11 +83,11 @@ __global__ void surface_letterbox(
             + ((weight_y * (lower >> 4)) >> 16) + 2) >> 2);
     }
 }
-""".replace("FILL", str(FILL))
+""".replace("FILL", str(FILL)).replace("MAX_SURFACES", str(MAX_SURFACES))
 )
 
 _PLAN = np.dtype(
-    [(name, "<i8") for name in ("luma_pitch", "chroma_pitch")]
+    [(name, "<i8") for name in ("luma_pitch", "chroma_pitch", "chroma_offset")]
     + [
         (name, "<i4")
         for name in (
@@ -110,6 +121,8 @@ class SurfaceLetterbox:
     conversion : YuvConversion
     pitch_bytes : int
         From a row to the next, of luma and of chroma.
+    chroma_offset : int
+        Bytes from a surface's luma to its chroma.
     sample_bytes : int
         1 for NV12, 2 for P016.
     device_index : int
@@ -120,7 +133,7 @@ class SurfaceLetterbox:
     Notes
     -----
     Used by one thread, the decoding task's. What does not change from frame to frame is worked out
-    once, because callers share one interpreter: a call costs one launch.
+    once, and several surfaces take one launch, because callers share one interpreter.
     """
 
     def __init__(
@@ -129,13 +142,14 @@ class SurfaceLetterbox:
         conversion: YuvConversion,
         *,
         pitch_bytes: int,
+        chroma_offset: int,
         sample_bytes: int,
         device_index: int,
         stream: int,
     ) -> None:
         plan = np.zeros((), _PLAN)
         plan[()] = (
-            *(pitch_bytes, pitch_bytes),
+            *(pitch_bytes, pitch_bytes, chroma_offset),
             *(box.source_height, box.source_width, box.height, box.width),
             *(box.inner_height, box.inner_width, box.top, box.left),
             *(box.source_height / box.inner_height, box.source_width / box.inner_width),
@@ -147,26 +161,31 @@ class SurfaceLetterbox:
             _kernel(device_index, sample_bytes),
             grid,
             _BLOCK,
-            num_pointers=3,
+            num_pointers=1 + MAX_SURFACES,
             constant=plan.tobytes(),
             stream=stream,
+            max_depth=MAX_SURFACES,
         )
+        self._frame_bytes = box.height * box.width * 3
 
-    def __call__(self, luma_pointer: int, chroma_pointer: int, out_pointer: int) -> None:
-        """Queue one surface; returns before the kernel has run.
+    def __call__(self, luma_pointers: Sequence[int], out_pointer: int) -> None:
+        """Queue some surfaces; returns before the kernel has run.
 
         Parameters
         ----------
-        luma_pointer, chroma_pointer : int
-            Device addresses of the planes.
+        luma_pointers : sequence of int
+            Device addresses of the surfaces.
         out_pointer : int
-            Device address of height x width x 3 bytes, RGB, written completely.
+            Device address of as many frames in a row, height x width x 3 bytes each, RGB, written
+            completely.
 
         Notes
         -----
         The device must be current in the calling thread.
         """
-        self._launch(luma_pointer, chroma_pointer, out_pointer)
+        for begin in range(0, len(luma_pointers), MAX_SURFACES):
+            some = luma_pointers[begin : begin + MAX_SURFACES]
+            self._launch(out_pointer + begin * self._frame_bytes, *some, depth=len(some))
 
 
 def surface_letterbox_host(

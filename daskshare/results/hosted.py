@@ -128,19 +128,21 @@ def _path(name: str) -> str:
     return _SCHEMES.get(scheme, scheme) + name[len(scheme) :]
 
 
+_PACKED = ("packed_pts", "packed_packets")
+
+
 def _as_json(chunk: VideoChunk) -> dict[str, Any]:
     values = {field.name: getattr(chunk, field.name) for field in dataclasses.fields(chunk)}
     values = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
     values["time_base"] = str(chunk.time_base)
-    values["packed_pts"] = base64.b64encode(chunk.packed_pts).decode()
+    for name in _PACKED:
+        values[name] = base64.b64encode(values[name]).decode()
     return values
 
 
 def _from_json(values: dict[str, Any]) -> VideoChunk:
-    packed = base64.b64decode(values["packed_pts"])
-    return VideoChunk(
-        **{**values, "time_base": Fraction(values["time_base"]), "packed_pts": packed}
-    )
+    packed = {name: base64.b64decode(values[name]) for name in _PACKED}
+    return VideoChunk(**{**values, "time_base": Fraction(values["time_base"]), **packed})
 
 
 @operation("detect-chunk")

@@ -64,6 +64,9 @@ class VideoChunk:
         Threads that decode; more than one only where a long file could not be cut.
     packed_pts : bytes
         The frames' presentation times, compressed; see :meth:`pts`.
+    packed_packets : bytes
+        Where the chunk's packets lie in the file, by :func:`daskshare.video.packets.pack_table`;
+        empty where only a demultiplexer can tell.
     storage_options : dict
         For fsspec.
 
@@ -93,11 +96,18 @@ class VideoChunk:
     num_packets: int | None = None
     threads: int = 1
     packed_pts: bytes = field(default=b"", repr=False)
+    packed_packets: bytes = field(default=b"", repr=False)
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     def pts(self) -> np.ndarray:
         """Presentation times of the frames that the index lists, int64 ticks, ascending."""
         return unpack_pts(self.packed_pts)
+
+    def is_unchanged_file(self) -> bool:
+        """Whether the video is a local file and still the one that was indexed."""
+        from daskshare.video.sources import fingerprint, is_url
+
+        return not is_url(self.video) and fingerprint(self.video) == self.fingerprint
 
     @contextmanager
     def open_frames(

@@ -59,6 +59,9 @@ class Scan:
     index : PacketIndex or None
     dts : list of (int or None)
         Decoding times in the order of ``index``, ticks.
+    places : list of (int, int)
+        Positions in the file and sizes of the packets in the same order, bytes; empty where
+        packets do not lie in one piece.
     start_seconds, end_seconds : float
     """
 
@@ -77,6 +80,7 @@ class Scan:
     distrust: str = ""
     index: PacketIndex | None = None
     dts: list[int | None] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
     start_seconds: float = 0.0
     end_seconds: float = 0.0
 
@@ -144,6 +148,8 @@ def scan_container(container: InputContainer) -> Scan:
             smallest = min(smallest, packet.size)
             if packet.pts is not None:
                 last_end = max(last_end or packet.pts, packet.pts + (packet.duration or 0))
+            if packet.pos is not None and packet.pos >= 0:
+                scan.places.append((packet.pos, packet.size))
     except (OSError, av.error.FFmpegError) as error:
         scan.cut = True
         scan.damage = f"reading stopped with {type(error).__name__}: {error}"
@@ -163,6 +169,8 @@ def scan_container(container: InputContainer) -> Scan:
         unlisted += 1
         scan.cut, scan.damage = True, "the file is cut: it ends inside a transport packet"
     scan.num_packets = len(rows)
+    if "mp4" not in container.format.name or scan.cut or len(scan.places) != len(rows):
+        scan.places.clear()
     scan.dts = [row[1] for row in rows]
     scan.distrust = _distrust_container(scan, container, stream, rows, smallest)
     if not scan.distrust:

@@ -8,6 +8,8 @@ so.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from daskshare.errors import VideoError
 from daskshare.models.spec import FrameBatch
 from daskshare.video import decode
+from daskshare.video.display_order import DisplayOrder, OrderLost
 from daskshare.video.nvdec_session import (
     BIT_DEPTHS,
     CODECS,
@@ -24,6 +27,7 @@ from daskshare.video.nvdec_session import (
     capabilities,
     session_limit,
 )
+from daskshare.video.packets import read_packets
 from daskshare.video.sessions import SessionPool
 from daskshare.video.sources import open_av
 from daskshare.video.start_codes import StartCodes
@@ -31,13 +35,16 @@ from daskshare.video.start_codes import StartCodes
 if TYPE_CHECKING:
     import torch
     from av.container import InputContainer
-    from av.packet import Packet
     from av.video.stream import VideoStream
 
     from daskshare.device import Device
     from daskshare.video.chunk import VideoChunk
 
 __all__ = ["NvdecFrames", "SessionKey", "close_idle_sessions", "open_frames", "refusal"]
+
+# In one call, so that a dozen decoding threads ask for the interpreter's lock less often. More
+# keep more surfaces.
+_PACKETS_PER_PIECE = 4
 
 
 def _key(chunk: VideoChunk, device: Device) -> SessionKey:
@@ -210,65 +217,121 @@ class NvdecFrames:
         conversion = decode.stream_conversion(stream)
         pts = chunk.pts()
         expected = pts.tolist()
-        capacity = self._batch_frames
         height, width = self._input_size or (key.height, key.width)
-        emitted = size = 0
+        capacity = self._batch_frames
+        placed = begun = 0
+        # Batches wait until none of their frames can have been mistaken for another.
+        complete: deque[tuple[int, FrameBatch, Callable[[], None]]] = deque()
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
-            convert: Callable[[Any, torch.Tensor, int], None] | None = None
-            for surface, ticks in self._surfaces(session, stream, expected[0]):
-                position = emitted + size
-                if position == len(pts) or ticks < expected[position]:
-                    continue
-                if ticks != expected[position]:
-                    raise NvdecFailed(f"frame {chunk.first_frame + position} did not come")
-                if batch is None:
-                    batch = session.empty_frames(capacity, height, width)
-                if convert is None:
-                    convert = session.converter(surface, conversion, self._input_size)
-                convert(surface, batch, size)
-                size += 1
-                if size == capacity or emitted + size == len(pts):
-                    with torch.cuda.stream(session.stream):
-                        finished = self._finished(batch[:size], emitted, pts)
-                    session.stream.synchronize()
+            convert: Callable[[list[Any], torch.Tensor, int], None] | None = None
+            for pictures, certain_until in self._pictures(session, stream, expected[0]):
+                surfaces = self._wanted(pictures, expected, placed)
+                while surfaces:
+                    if batch is None:
+                        batch, begun = session.empty_frames(capacity, height, width), placed
+                        end = min(begun + capacity, len(expected))
+                    if convert is None:
+                        convert = session.converter(surfaces[0], conversion, self._input_size)
+                    some = surfaces[: end - placed]
+                    convert(some, batch, placed - begun)
+                    placed += len(some)
+                    del surfaces[: len(some)]
+                    if placed == end:
+                        with torch.cuda.stream(session.stream):
+                            finished = self._finished(batch[: end - begun], begun, pts)
+                        complete.append((end, finished, session.mark()))
+                        batch = None
+                while complete and expected[complete[0][0] - 1] <= certain_until:
+                    _, finished, wait = complete.popleft()
+                    wait()
                     yield finished
-                    batch, emitted, size = None, emitted + size, 0
-                if emitted == len(pts):
+                if placed == len(expected) and not complete:
                     break
-        if emitted < len(pts):
-            raise NvdecFailed(f"frame {chunk.first_frame + emitted} did not come")
+            if placed < len(expected) or complete:
+                raise NvdecFailed(f"frame {chunk.first_frame + placed} did not come")
         self.problem = decode.FrameNumbers(chunk).problem_when_complete()
 
-    def _surfaces(
+    def _wanted(
+        self, pictures: list[tuple[Any, int]], expected: list[int], placed: int
+    ) -> list[Any]:
+        """Surfaces of the frames that come next; those of neighbouring chunks are left out."""
+        surfaces: list[Any] = []
+        for surface, time in pictures:
+            position = placed + len(surfaces)
+            if position == len(expected) or time < expected[position]:
+                continue
+            if time != expected[position]:
+                raise NvdecFailed(f"frame {self._chunk.first_frame + position} did not come")
+            surfaces.append(surface)
+        return surfaces
+
+    def _pictures(
         self, session: NvdecSession, stream: VideoStream, origin: int
-    ) -> Iterator[tuple[Any, int]]:
+    ) -> Iterator[tuple[list[tuple[Any, int]], float]]:
+        """Decode the chunk; yields pictures with their times, and until when these are certain."""
+        order = DisplayOrder()
+
+        def decoded(data: bytes, piece: int) -> tuple[list[tuple[Any, int]], float]:
+            try:
+                shown = [(s, order.shown(number)) for s, number in session.decode(data, piece)]
+            except OrderLost as error:
+                raise NvdecFailed(str(error)) from error
+            certain = order.certain_until
+            return shown, -math.inf if certain is None else certain
+
+        for packets in self._pieces(stream, origin):
+            piece = order.feed([time for _, time in packets])
+            yield decoded(b"".join([data for data, _ in packets]), piece)
+        shown, certain = decoded(b"", 0)
+        yield shown, certain if order.waiting else math.inf
+
+    def _pieces(
+        self, stream: VideoStream, origin: int
+    ) -> Iterator[list[tuple[bytes | memoryview, int]]]:
+        """Packets as the decoder takes them, as many at a time as it can tell apart."""
         to_start_codes = _start_codes(self._chunk.codec, stream)
+        # Without start codes it cannot tell where a packet ends.
+        most = _PACKETS_PER_PIECE if to_start_codes else 1
         # A chunk may begin at a picture before which packets do not repeat them.
         prefix = to_start_codes.parameter_sets if to_start_codes else b""
-        numbers = decode.FrameNumbers(self._chunk)
-        for packet in decode.chunk_packets(self._container, stream, self._chunk, numbers):
-            if self._refers_past_the_keyframe(packet, origin):
+        piece: list[tuple[bytes | memoryview, int]] = []
+        for data, time in self._packets(stream):
+            leading = time < origin
+            if leading and self._chunk.codec == "hevc":
+                # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the
+                # standard says, but gives their times to the pictures that follow.
                 continue
-            if packet is not None and to_start_codes is not None:
-                packet = _converted(packet, to_start_codes, prefix)
-                prefix = b""
-            # Times are counted from the chunk's start, whatever a session did before.
-            ticks = 0 if packet is None or packet.pts is None else packet.pts - origin
-            for surface, time in session.decode(packet, ticks):
-                yield surface, time + origin
+            if to_start_codes is not None:
+                data = _converted(data, to_start_codes)
+            if prefix:
+                data, prefix = prefix + bytes(data), b""
+            # H.264's may be shown or not.
+            if piece and (leading or len(piece) == most):
+                yield piece
+                piece = []
+            piece.append((data, time))
+            if leading:
+                yield piece
+                piece = []
+        if piece:
+            yield piece
+
+    def _packets(self, stream: VideoStream) -> Iterator[tuple[bytes | memoryview, int]]:
+        chunk = self._chunk
+        if chunk.packed_packets and chunk.is_unchanged_file():
+            try:
+                yield from read_packets(chunk.video, chunk.packed_packets)
+            except OSError as error:
+                raise NvdecFailed(f"reading broke off: {error}") from error
+            return
+        numbers = decode.FrameNumbers(chunk)
+        for packet in decode.chunk_packets(self._container, stream, chunk, numbers):
+            # Trusted files have a time for each.
+            if packet is not None and packet.pts is not None:
+                yield memoryview(packet), packet.pts
         if numbers.errors:
             raise NvdecFailed(f"reading broke off: {numbers.last_error}")
-
-    def _refers_past_the_keyframe(self, packet: Packet[Any] | None, origin: int) -> bool:
-        # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the standard says,
-        # but gives their times to the pictures that follow.
-        return (
-            self._chunk.codec == "hevc"
-            and packet is not None
-            and packet.pts is not None
-            and packet.pts < origin
-        )
 
     def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
         import torch
@@ -294,15 +357,9 @@ def _start_codes(codec: str, stream: VideoStream) -> StartCodes | None:
         raise NvdecFailed(str(error)) from error
 
 
-def _converted(packet: Packet[Any], to_start_codes: StartCodes, prefix: bytes) -> Packet[Any]:
-    import av
-
+def _converted(packet: bytes | memoryview, to_start_codes: StartCodes) -> bytes | memoryview:
     try:
         data = to_start_codes.convert(memoryview(packet))
     except ValueError as error:
         raise NvdecFailed(str(error)) from error
-    if data is None and not prefix:
-        return packet
-    joined = av.Packet(prefix + (bytes(packet) if data is None else data))
-    joined.pts, joined.dts, joined.is_keyframe = packet.pts, packet.dts, packet.is_keyframe
-    return joined
+    return packet if data is None else data

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from daskshare.config import VideoOptions
 from daskshare.kernels.capture import CAPTURE_GATE
 from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 
 if TYPE_CHECKING:
     import torch
-    from av.packet import Packet
 
 __all__ = [
     "BIT_DEPTHS",
@@ -28,6 +29,11 @@ __all__ = [
 # Only codecs whose standards define every bit of the output: MPEG-2 leaves room for rounding.
 CODECS = {"av1": "AV1", "h264": "H264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9"}
 BIT_DEPTHS = {"yuv420p": 8, "yuvj420p": 8, "yuv420p10le": 10, "yuv420p12le": 12}
+
+
+# A decoder adds to the time of the picture before where it was given none: milliseconds, which must
+# not reach the next piece's number.
+_MADE_UP_BITS = 24
 
 
 class NvdecFailed(Exception):
@@ -116,31 +122,43 @@ class NvdecSession:
                 usedevicememory=True,
             )
 
-    def decode(self, packet: Packet[Any] | None, ticks: int) -> list[tuple[Any, int]]:
-        """Feed a packet (``None``: drain) with its time; returns surfaces in display order.
+    def decode(self, data: bytes, piece: int) -> list[tuple[Any, int]]:
+        """Feed a piece of one or more packets (empty: drain); returns surfaces in display order.
 
-        Each comes with its packet's time. Draining does not bring all of a chunk's frames out of
-        the decoder at once: those that come during the next chunk are recognised and left out.
+        Parameters
+        ----------
+        data : bytes
+        piece : int
+            Its number within the chunk.
+
+        Returns
+        -------
+        list of (surface, int)
+            Valid until the next call. The number is that of the piece whose first picture it is,
+            or that of the picture before. Draining does not bring all of a chunk's pictures out of
+            the decoder at once: those that come during the next chunk are left out.
         """
-        data = self._packet_data
-        if packet is None:
-            data = self._new_packet_data()
+        packet = self._packet_data
+        if data:
+            packet.bsl = len(data)
+            packet.bsl_data = np.frombuffer(data, np.uint8).ctypes.data
+            self._latest = max(self._latest, self._base + piece)
+            packet.pts = (self._base + piece) << _MADE_UP_BITS
+            packet.key = int(piece == 0)
         else:
-            data.bsl = packet.size
-            data.bsl_data = packet.buffer_ptr
-            data.pts = self._base + ticks
-            self._latest = max(self._latest, data.pts)
-            data.key = int(packet.is_keyframe)
+            packet = self._new_packet_data()
         if self._open:
-            surfaces = self._decoder.Decode(data)
+            surfaces = self._decoder.Decode(packet)
         else:
             # The decoder takes its memory while it sees the first pictures.
             with CAPTURE_GATE.disturbing():
-                surfaces = self._decoder.Decode(data)
+                surfaces = self._decoder.Decode(packet)
             self._open = bool(surfaces)
         base = self._base
         return [
-            (surface, ticks - base) for surface in surfaces if (ticks := surface.timestamp) >= base
+            (surface, number - base)
+            for surface in surfaces
+            if (number := surface.timestamp >> _MADE_UP_BITS) >= base
         ]
 
     def empty_frames(self, count: int, height: int, width: int) -> torch.Tensor:
@@ -158,8 +176,8 @@ class NvdecSession:
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
-    ) -> Callable[[Any, torch.Tensor, int], None]:
-        """Return what queues the conversion of a surface like ``surface`` into a batch's frame."""
+    ) -> Callable[[list[Any], torch.Tensor, int], None]:
+        """Return what queues the conversion of surfaces like ``surface`` into a batch's frames."""
         import torch
 
         luma, chroma = int(surface.GetPtrToPlane(0)), int(surface.GetPtrToPlane(1))
@@ -174,51 +192,77 @@ class NvdecSession:
                 f"got a {format_name} surface of shape {surface.shape} with {distance} bytes "
                 f"before its chroma; expected {expected} of {self.key.width}x{self.key.height}"
             )
+        queue: Callable[[list[int], torch.Tensor, int], None]
         if input_size is not None:
-            from daskshare.kernels.preprocess import Letterbox
-            from daskshare.kernels.surface import SurfaceLetterbox
+            queue = self._letterboxes(conversion, input_size, pitch, distance, sample_bytes)
+        else:
 
-            with torch.cuda.device(self.key.device_index):
-                to_input = SurfaceLetterbox(
-                    Letterbox(self.key.height, self.key.width, *input_size),
-                    conversion,
-                    pitch_bytes=pitch,
-                    sample_bytes=sample_bytes,
-                    device_index=self.key.device_index,
-                    stream=self.stream.cuda_stream,
-                )
+            def queue(lumas: list[int], batch: torch.Tensor, position: int) -> None:
+                for place, luma in enumerate(lumas, position):
+                    surface_to_rgb(
+                        luma,
+                        luma + distance,
+                        batch[place],
+                        conversion,
+                        luma_pitch_bytes=pitch,
+                        chroma_pitch_bytes=pitch,
+                        sample_bytes=sample_bytes,
+                        stream=self.stream.cuda_stream,
+                    )
 
-        def convert(surface: Any, batch: torch.Tensor, position: int) -> None:
-            luma = int(surface.GetPtrToPlane(0))
-            # All tasks share one interpreter, and this runs for each frame: no tensor is made,
-            # and no device is set that is already current.
+        def convert(surfaces: list[Any], batch: torch.Tensor, position: int) -> None:
+            lumas = [int(surface.GetPtrToPlane(0)) for surface in surfaces]
+            # All tasks share one interpreter: no tensor is made, and no device is set that is
+            # already current.
             if torch.cuda.current_device() == self.key.device_index:
-                queue(luma, batch, position)
+                queue(lumas, batch, position)
             else:
                 with torch.cuda.device(self.key.device_index):
-                    queue(luma, batch, position)
-
-        def queue(luma: int, batch: torch.Tensor, position: int) -> None:
-            if input_size is not None:
-                frame_bytes = 3 * input_size[0] * input_size[1]
-                to_input(luma, luma + distance, batch.data_ptr() + position * frame_bytes)
-            else:
-                surface_to_rgb(
-                    luma,
-                    luma + distance,
-                    batch[position],
-                    conversion,
-                    luma_pitch_bytes=pitch,
-                    chroma_pitch_bytes=pitch,
-                    sample_bytes=sample_bytes,
-                    stream=self.stream.cuda_stream,
-                )
+                    queue(lumas, batch, position)
 
         return convert
 
+    def _letterboxes(
+        self,
+        conversion: YuvConversion,
+        input_size: tuple[int, int],
+        pitch: int,
+        distance: int,
+        sample_bytes: int,
+    ) -> Callable[[list[int], torch.Tensor, int], None]:
+        import torch
+
+        from daskshare.kernels.preprocess import Letterbox
+        from daskshare.kernels.surface import SurfaceLetterbox
+
+        with torch.cuda.device(self.key.device_index):
+            to_input = SurfaceLetterbox(
+                Letterbox(self.key.height, self.key.width, *input_size),
+                conversion,
+                pitch_bytes=pitch,
+                chroma_offset=distance,
+                sample_bytes=sample_bytes,
+                device_index=self.key.device_index,
+                stream=self.stream.cuda_stream,
+            )
+        frame_bytes = 3 * input_size[0] * input_size[1]
+
+        def queue(lumas: list[int], batch: torch.Tensor, position: int) -> None:
+            to_input(lumas, batch.data_ptr() + position * frame_bytes)
+
+        return queue
+
+    def mark(self) -> Callable[[], None]:
+        """Return what waits for all that is queued on the stream up to now."""
+        import torch
+
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event.synchronize
+
     def drain(self) -> None:
         """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
-        self.decode(None, 0)
+        self.decode(b"", 0)
         self._base = self._latest + 1
         self.stream.synchronize()
 

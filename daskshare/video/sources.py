@@ -15,7 +15,15 @@ from daskshare.errors import ConfigurationError, UnreadableVideoError
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-__all__ = ["VIDEO_SUFFIXES", "Paths", "expand_paths", "fingerprint", "is_process_local", "open_av"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "Paths",
+    "expand_paths",
+    "fingerprint",
+    "is_process_local",
+    "is_url",
+    "open_av",
+]
 
 #: Names that count as videos when a folder is given.
 # fmt: off
@@ -64,12 +72,13 @@ def expand_paths(paths: Paths, *, storage_options: Mapping[str, Any] | None = No
         name = os.fspath(path)
         if not isinstance(name, str):
             raise ConfigurationError(f"A video's path is {path!r}; expected a str or a Path.")
-        found = _expand_url(name, storage_options) if _is_url(name) else _expand_local(name)
+        found = _expand_url(name, storage_options) if is_url(name) else _expand_local(name)
         videos.update(dict.fromkeys(found))
     return list(videos)
 
 
-def _is_url(name: str) -> bool:
+def is_url(name: str) -> bool:
+    """Whether fsspec opens a video, and no path of this machine is meant."""
     return "://" in name or "::" in name
 
 
@@ -156,7 +165,7 @@ def fingerprint(video: str, *, storage_options: Mapping[str, Any] | None = None)
     OSError
         The file is missing or cannot be reached.
     """
-    if not _is_url(video):
+    if not is_url(video):
         status = os.stat(video)
         return f"{status.st_size}-{status.st_mtime_ns}"
     import fsspec
@@ -184,7 +193,7 @@ def open_av(
     """
     import av
 
-    if not _is_url(video):
+    if not is_url(video):
         # With the protocol spelled out a colon or a percent sign in a name has no meaning.
         with av.open(f"file:{video}", metadata_errors="replace") as container:
             yield container

@@ -7,7 +7,7 @@ import pytest
 
 from daskshare.kernels.colour import semiplanar_to_rgb, surface_to_rgb, yuv_conversion
 from daskshare.kernels.preprocess import Letterbox
-from daskshare.kernels.surface import SurfaceLetterbox, surface_letterbox_host
+from daskshare.kernels.surface import MAX_SURFACES, SurfaceLetterbox, surface_letterbox_host
 
 pytestmark = pytest.mark.gpu
 
@@ -32,9 +32,11 @@ def test_kernel_equals_twin(torch, sample_bytes, width, height, matrix, full_ran
     # Rows are longer than the picture, as NVDEC's are.
     pitch = (width + 31) // 2 * 2
     rows, chroma_rows = height, -(-height // 2)
-    host = rng.integers(0, top, (rows + chroma_rows, pitch)).astype(dtype)
-    luma = host[:rows, :width]
-    chroma = host[rows:, : 2 * (-(-width // 2))].reshape(chroma_rows, -1, 2)
+    # More than one launch takes.
+    count = MAX_SURFACES + 2
+    host = rng.integers(0, top, (count, rows + chroma_rows, pitch)).astype(dtype)
+    luma = host[:, :rows, :width]
+    chroma = host[:, rows:, : 2 * (-(-width // 2))].reshape(count, chroma_rows, -1, 2)
     conversion = yuv_conversion(matrix, full_range=full_range)
     surface = torch.from_numpy(host.view(np.uint8)).cuda()
     out = torch.full((3, height, width, 3), 77, dtype=torch.uint8, device="cuda")
@@ -78,12 +80,14 @@ def test_surface_to_input_equals_its_twin(
     dtype, top = (np.uint8, 256) if sample_bytes == 1 else (np.uint16, 65536)
     pitch = (width + 31) // 2 * 2
     rows, chroma_rows = height, -(-height // 2)
-    host = rng.integers(0, top, (rows + chroma_rows, pitch)).astype(dtype)
-    luma = host[:rows, :width]
-    chroma = host[rows:, : 2 * (-(-width // 2))].reshape(chroma_rows, -1, 2)
+    # More than one launch takes.
+    count = MAX_SURFACES + 2
+    host = rng.integers(0, top, (count, rows + chroma_rows, pitch)).astype(dtype)
+    luma = host[:, :rows, :width]
+    chroma = host[:, rows:, : 2 * (-(-width // 2))].reshape(count, chroma_rows, -1, 2)
     conversion = yuv_conversion(matrix, full_range=full_range)
     surface = torch.from_numpy(host.view(np.uint8)).cuda()
-    out = torch.full((3, *target, 3), 77, dtype=torch.uint8, device="cuda")
+    out = torch.full((count + 2, *target, 3), 77, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     pitch_bytes = pitch * sample_bytes
@@ -91,14 +95,20 @@ def test_surface_to_input_equals_its_twin(
         Letterbox(height, width, *target),
         conversion,
         pitch_bytes=pitch_bytes,
+        chroma_offset=pitch_bytes * rows,
         sample_bytes=sample_bytes,
         device_index=0,
         stream=stream.cuda_stream,
     )
-    pointer = surface.data_ptr()
-    to_input(pointer, pointer + pitch_bytes * rows, out[1].data_ptr())
+    # In another order than they lie in memory.
+    order = rng.permutation(count)
+    to_input([surface[number].data_ptr() for number in order], out[1].data_ptr())
     stream.synchronize()
     got = out.cpu().numpy()
-    assert (got[[0, 2]] == 77).all(), "wrote outside of its frame"
-    expected = surface_letterbox_host(luma, chroma, conversion, height=target[0], width=target[1])
-    np.testing.assert_array_equal(got[1], expected)
+    assert (got[[0, -1]] == 77).all(), "wrote outside of its frames"
+    height, width = target
+    for place, number in enumerate(order, 1):
+        expected = surface_letterbox_host(
+            luma[number], chroma[number], conversion, height=height, width=width
+        )
+        np.testing.assert_array_equal(got[place], expected)

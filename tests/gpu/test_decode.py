@@ -177,13 +177,13 @@ def test_failure_half_way_goes_on_with_pyav(device, tmp_path, monkeypatch):
     decode = nvdec.NvdecSession.decode
     calls = []
 
-    def fail_after_30(self, packet, ticks):
-        calls.append(ticks)
-        if len(calls) > 30:
+    def fail_after_8(self, data, piece):
+        calls.append(piece)
+        if len(calls) > 8:
             raise RuntimeError("the session broke")
-        return decode(self, packet, ticks)
+        return decode(self, data, piece)
 
-    monkeypatch.setattr(nvdec.NvdecSession, "decode", fail_after_30)
+    monkeypatch.setattr(nvdec.NvdecSession, "decode", fail_after_8)
     got, decoders, notes = frames_of([chunk], device=device, decoder="auto")
     assert decoders == {"pyav"}
     assert any("the session broke" in note for note in notes)

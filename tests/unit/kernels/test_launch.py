@@ -18,8 +18,8 @@ def calls(monkeypatch):
 
     def stand_in(function, *sizes_and_rest):
         *sizes, shared_bytes, stream, addresses, extra = sizes_and_rest
-        pointers = [ctypes.c_uint64.from_address(addresses[i]).value for i in range(2)]
-        constant = ctypes.string_at(addresses[2], 5)
+        pointers = list((ctypes.c_uint64 * 2).from_address(addresses[0]))
+        constant = ctypes.string_at(addresses[1], 5)
         found.made.append((function, sizes, shared_bytes, stream, pointers, constant, extra))
         return found.answer
 
@@ -51,8 +51,21 @@ def test_a_refused_launch_is_an_error(calls, kernel):
         queue(1, 2)
 
 
+def test_depth_multiplies_the_grid_and_addresses_left_out_stay(calls, kernel):
+    queue = KernelLaunch(
+        *(kernel, (3, 2, 5), (32, 8, 1)),
+        **{"num_pointers": 2, "constant": b"plan\0", "stream": 9, "max_depth": 3},
+    )
+    queue(4, 5, depth=3)
+    queue(6, depth=2)
+    assert [(sizes[:3], pointers) for _, sizes, _, _, pointers, _, _ in calls.made] == [
+        ([3, 2, 15], [4, 5]),
+        ([3, 2, 10], [6, 5]),
+    ]
+
+
 def test_the_number_of_pointers_is_checked(calls, kernel):
     queue = KernelLaunch(kernel, (1, 1, 1), (1, 1, 1), num_pointers=2, constant=b"plan\0", stream=0)
-    with pytest.raises(ValueError, match="zip"):
-        queue(1)
+    with pytest.raises(ValueError, match="got 3 addresses for blur; expected at most 2"):
+        queue(1, 2, 3)
     assert calls.made == []

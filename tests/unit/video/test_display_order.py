@@ -1,0 +1,106 @@
+"""Which picture is which, when a decoder names few of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daskshare.video.display_order import DisplayOrder, OrderLost
+
+
+def test_the_earliest_comes_first_and_the_first_of_a_piece_makes_sure():
+    order = DisplayOrder()
+    assert order.feed([0, 3, 1, 2]) == 0
+    assert order.feed([6, 4, 5]) == 1
+    assert order.certain_until is None
+    assert [order.shown(number) for number in (0, 0, 0)] == [0, 1, 2]
+    assert order.certain_until == 0
+    assert [order.shown(number) for number in (0, 0, 0)] == [3, 4, 5]
+    assert (order.certain_until, order.waiting) == (0, 1)
+    assert order.shown(1) == 6
+    assert (order.certain_until, order.waiting) == (6, 0)
+
+
+def test_packets_that_come_alone_need_no_order():
+    order = DisplayOrder()
+    assert [order.feed([time]) for time in (7, 3, 5)] == [0, 1, 2]
+    # The second shows nothing.
+    assert (order.shown(2), order.certain_until) == (5, 5)
+    assert (order.shown(0), order.certain_until) == (7, 7)
+
+
+@pytest.mark.parametrize("number", [-1, 1])
+def test_unknown_pieces(number):
+    order = DisplayOrder()
+    order.feed([0])
+    with pytest.raises(OrderLost, match=f"piece {number} came; 1 were given"):
+        order.shown(number)
+
+
+def test_more_pictures_than_packets():
+    order = DisplayOrder()
+    order.feed([0])
+    order.shown(0)
+    with pytest.raises(OrderLost, match="more pictures"):
+        order.shown(0)
+
+
+@st.composite
+def videos(draw):
+    """Pieces of packets from a keyframe on, as times in the order of decoding."""
+    count = draw(st.integers(1, 40))
+    delay = draw(st.integers(0, 5))
+    times = list(range(count))
+    # Every picture is decoded at most ``delay`` places late.
+    keys = [-1.0, *(time + draw(st.floats(0, delay)) for time in times[1:])]
+    decoded = sorted(times, key=lambda time: (keys[time], time))
+    pieces = []
+    while decoded:
+        size = draw(st.integers(1, 5))
+        pieces.append(decoded[:size])
+        del decoded[:size]
+    return pieces
+
+
+def show(pieces, lost):
+    """Play a decoder that shows a picture once all earlier ones are there; yields times."""
+    order = DisplayOrder()
+    waiting, given, last, next_time = {}, set(), None, 0
+    for piece in pieces:
+        number = order.feed(piece)
+        waiting.update(dict.fromkeys(piece, None))
+        waiting[piece[0]] = number
+        given.update(piece)
+        while next_time in given:
+            own = waiting.pop(next_time)
+            next_time += 1
+            if next_time - 1 == lost:
+                continue
+            last = last if own is None else own
+            # Without its first picture, what follows counts as the rest of a chunk before.
+            if last is not None:
+                yield next_time - 1, order.shown(last), order
+
+
+@given(videos())
+def test_every_picture_gets_its_time(pieces):
+    shown = [(true, time) for true, time, _ in show(pieces, None)]
+    assert shown == [(time, time) for time in range(sum(map(len, pieces)))]
+
+
+@given(videos(), st.data())
+def test_no_wrong_time_is_certain(pieces, data):
+    count = sum(map(len, pieces))
+    lost = data.draw(st.integers(0, count - 1))
+    wrong, order = [], DisplayOrder()
+    try:
+        for true, time, order in show(pieces, lost):
+            if time != true:
+                wrong.append(time)
+            if order.certain_until is not None:
+                assert [t for t in wrong if t <= order.certain_until] == []
+    except OrderLost:
+        return
+    # What was not noticed is not certain in the end, or was one packet alone, whose place is known.
+    assert order.waiting or [lost] in pieces or not wrong
