@@ -72,7 +72,8 @@ class KernelLaunch:
         x, y, z = grid
         self._launches = [
             functools.partial(
-                *(_driver(), kernel.kernel.ptr, x, y, z * depth, *block),
+                _driver(),
+                *(kernel.kernel.ptr, x, y, z * depth, *block),
                 *(0, stream, self._addresses, None),
             )
             for depth in range(1, max_depth + 1)
@@ -100,7 +101,7 @@ class KernelLaunch:
                 f"got {len(pointers)} addresses for {self._kernel.name}; expected at most "
                 f"{len(self._pointers)}"
             )
-        self._pointers[: len(pointers)] = pointers
+        self._pointers[: len(pointers)] = list(pointers)
         error = self._launches[depth - 1]()
         if error:
             raise LaunchError(

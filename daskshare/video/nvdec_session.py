@@ -256,7 +256,7 @@ class NvdecSession:
         """Return what waits for all that is queued on the stream up to now."""
         import torch
 
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event.synchronize
 
