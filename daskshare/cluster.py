@@ -58,11 +58,14 @@ def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
     now. Does not import torch, and does not touch the GPUs beyond counting them. Memory limits are
     Dask's own: all of the machine's memory for one worker, its part of it for each of several. The
     device's memory is watched by each worker's ModelShare (``daskshare.share.memory-limit``).
+    Where there are GPUs, this process's ``CUDA_VISIBLE_DEVICES`` is rewritten to name the same ones
+    plainly: without short UUIDs and -1, with which Dask's schedulers and workers do not start.
     """
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigurationError(
             f"Got device={device!r}; expected 'auto', 'cuda' or 'cpu'.", option="device"
         )
+    _rewrite_environment()
     option = options.pop("CUDA_VISIBLE_DEVICES", None)
     gpus = [] if device == "cpu" else _chosen_gpus(option)
     if device == "cuda" and not gpus:
@@ -83,6 +86,13 @@ def local_cluster(*, device: str = "auto", **options: Any) -> LocalCluster:
 def count_gpus() -> int:
     """Count the NVIDIA GPUs that a local cluster would use."""
     return len(visible_gpus())
+
+
+def _rewrite_environment() -> None:
+    # distributed.diagnostics.nvml looks for the first entry, as it stands, all the time.
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is not None and driver_uuids()[0]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.entry) for gpu in visible_gpus())
 
 
 def _chosen_gpus(option: str | Iterable[int | str] | None) -> list[VisibleGpu]:

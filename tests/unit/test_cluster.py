@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -130,6 +131,7 @@ def test_visible_gpus_get_a_worker_each_and_are_named_as_dask_cuda_takes_them(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert count_gpus() == len(entries)
     assert local_cluster().options["CUDA_VISIBLE_DEVICES"] == entries
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, entries))
 
 
 def test_the_option_wins_over_the_environment(machine, monkeypatch):
@@ -161,6 +163,22 @@ def test_an_environment_that_names_a_gpu_twice_hides_all_as_in_cuda(machine, mon
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
     assert count_gpus() == 0
     assert type(local_cluster()) is Started
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(("gpus", "left"), [(2, ""), (0, "-1")])
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_minus_one_is_written_so_that_dask_can_read_it(machine, monkeypatch, device, gpus, left):
+    machine(gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert type(local_cluster(device=device)) is Started
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_no_variable_is_made_where_there_was_none(machine):
+    machine(2)
+    local_cluster(CUDA_VISIBLE_DEVICES=[1])
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_gpus_without_dask_cuda_are_an_error_that_says_what_to_install(machine):
