@@ -64,7 +64,9 @@ class Load:
         self.scheduler_cores = (self._scheduler_seconds() - self._scheduler) / seconds
 
 
-def engine_rate(client: Any, model: Any, arguments: argparse.Namespace) -> float:
+def engine_rate(
+    client: Any, model: Any, arguments: argparse.Namespace
+) -> tuple[float, dict[str, float]]:
     """Frames a second of tasks that hand over host frames, as many on each worker as threads."""
     settings = {"request_frames": 8, "input_size": arguments.input_size}
     tasks = [
@@ -74,18 +76,24 @@ def engine_rate(client: Any, model: Any, arguments: argparse.Namespace) -> float
         for address, threads in client.nthreads().items()
         for place in range(threads)
     ]
-    return workload.rate(client.gather(tasks))
+    return workload.rate(client.gather(tasks)), {}
 
 
-def video_rate(client: Any, model: Any, paths: list[str], scratch: Path) -> float:
-    """Frames a second of ``daskshare.detect`` over the files."""
+def video_rate(
+    client: Any, model: Any, paths: list[str], scratch: Path
+) -> tuple[float, dict[str, float]]:
+    """Frames a second of ``daskshare.detect`` over the files, and from the first task to the last.
+
+    The whole call also reads the files' indexes and writes the table of chunks.
+    """
     import daskshare
 
     started = time.perf_counter()
     summary = daskshare.detect(paths, model, scratch, client=client, progress=False)
     if summary.failed:
         raise RuntimeError(f"{len(summary.failed)} chunks failed: {summary.failed[0]}")
-    return summary.frames / (time.perf_counter() - started)
+    rate = summary.frames / (time.perf_counter() - started)
+    return rate, {"task_frames_per_second": round(summary.frames_per_second, 1)}
 
 
 def measure(
@@ -120,7 +128,7 @@ def measure(
         }
         for way, job in jobs.items():
             with Load(client) as load:
-                rates[way] = job()
+                rates[way], further = job()
             stats = daskshare.stats(client)
             copies_of_model = sum(
                 entry["model_bytes"] > 0 for w in stats.values() for entry in w["models"].values()
@@ -129,6 +137,7 @@ def measure(
                 way=way,
                 gpus=count,
                 frames_per_second=round(rates[way], 1),
+                **further,
                 copies=copies_of_model,
                 devices=len({w["device"]["uuid"] for w in stats.values()}),
                 host_cores=round(load.host_cores, 2),

@@ -8,6 +8,7 @@ import stat
 import struct
 from pathlib import Path
 
+from daskshare._device_names import visible_gpus
 from daskshare.config import HostOptions
 from daskshare.errors import HostError
 
@@ -115,46 +116,6 @@ def local_devices() -> list[str]:
 
     Notes
     -----
-    Asks the driver's management library and starts no CUDA: a process that only hands work over
-    must not take device memory. Numbers count GPUs in the order of the PCI bus, as nvidia-smi and
-    Spark's discovery script do.
+    Starts no CUDA: a process that only hands work over must not take device memory.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = None if visible is None else [name.strip() for name in visible.split(",")]
-    if wanted is not None and wanted[0] in ("", "-1"):
-        return [CPU]
-    uuids = _gpu_uuids()
-    if wanted is None:
-        return uuids or [CPU]
-    found = []
-    for name in wanted:
-        if name.isdigit():
-            if int(name) >= len(uuids):
-                break
-            name = uuids[int(name)]
-        elif not name.startswith("MIG-"):
-            name = next((uuid for uuid in uuids if uuid.startswith(name)), "")
-        if not name:
-            break
-        found.append(name)
-    return found or [CPU]
-
-
-def _gpu_uuids() -> list[str]:
-    try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        # No driver: no GPU.
-        return []
-    try:
-        uuids = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))
-            uuids.append(uuid.decode() if isinstance(uuid, bytes) else uuid)
-        return uuids
-    finally:
-        pynvml.nvmlShutdown()
+    return [gpu.uuid for gpu in visible_gpus()] or [CPU]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
+from daskshare._device_names import full_mig_uuid
+
 if TYPE_CHECKING:
     import torch
 
@@ -124,5 +126,5 @@ def current_device() -> Device:
 def _device_uuid(runtime_uuid: str, chosen_by: str) -> str:
     # The runtime names a MIG slice by its parent GPU; the variable names the slice.
     if chosen_by.startswith("MIG-"):
-        return chosen_by
+        return full_mig_uuid(chosen_by)
     return runtime_uuid if runtime_uuid.startswith(("GPU-", "MIG-")) else f"GPU-{runtime_uuid}"

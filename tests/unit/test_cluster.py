@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -9,9 +10,10 @@ import dask
 import distributed
 import pytest
 from dask.system import CPU_COUNT
-from distributed.diagnostics import nvml
 
-from daskshare.cluster import GPU_TASK_THREADS, local_cluster
+import daskshare.cluster
+from daskshare import _device_names
+from daskshare.cluster import GPU_TASK_THREADS, count_gpus, local_cluster
 from daskshare.errors import ConfigurationError
 
 
@@ -30,7 +32,9 @@ def machine(monkeypatch):
 
     def make(gpus, *, dask_cuda=True):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        monkeypatch.setattr(nvml, "device_get_count", lambda: gpus)
+        uuids = [f"GPU-{number}{number}-x" for number in range(gpus)]
+        for module in (_device_names, daskshare.cluster):
+            monkeypatch.setattr(module, "driver_uuids", lambda: (uuids, []))
         monkeypatch.setattr(distributed, "LocalCluster", Started)
         module = ModuleType("dask_cuda")
         if dask_cuda:
@@ -105,6 +109,76 @@ def test_hidden_gpus_do_not_count(machine, monkeypatch, hidden):
     assert type(local_cluster()) is Started
     with pytest.raises(ConfigurationError, match="no NVIDIA GPU is visible"):
         local_cluster(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("variable", "entries"),
+    [
+        ("1", [1]),
+        ("2,0", [2, 0]),
+        (" 2 , 0 ", [2, 0]),
+        ("1,-1,0", [1]),
+        ("1,9,0", [1]),
+        ("GPU-2,GPU-00-x", ["GPU-22-x", "GPU-00-x"]),
+        ("GPU-2, GPU-1", ["GPU-22-x", "GPU-11-x"]),
+        ("GPU-1,0", ["GPU-11-x"]),
+    ],
+)
+def test_visible_gpus_get_a_worker_each_and_are_named_as_dask_cuda_takes_them(
+    machine, monkeypatch, variable, entries
+):
+    machine(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert count_gpus() == len(entries)
+    assert local_cluster().options["CUDA_VISIBLE_DEVICES"] == entries
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, entries))
+
+
+def test_the_option_wins_over_the_environment(machine, monkeypatch):
+    machine(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    options = local_cluster(CUDA_VISIBLE_DEVICES=["GPU-2", "GPU-1"]).options
+    assert options["CUDA_VISIBLE_DEVICES"] == ["GPU-22-x", "GPU-11-x"]
+    assert local_cluster(CUDA_VISIBLE_DEVICES="1,-1").options["CUDA_VISIBLE_DEVICES"] == [1]
+
+
+@pytest.mark.parametrize("option", ["", "-1"])
+def test_the_option_may_hide_all_gpus(machine, option):
+    machine(2)
+    cluster = local_cluster(CUDA_VISIBLE_DEVICES=option)
+    assert type(cluster) is Started
+    assert cluster.options["env"] == {"CUDA_VISIBLE_DEVICES": ""}
+    assert "CUDA_VISIBLE_DEVICES" not in cluster.options
+
+
+@pytest.mark.parametrize("option", ["0,0", [0, 5], "GPU-0,1", "GPU-", [0, "GPU-1"], "GPU-7", "x"])
+def test_an_option_that_names_no_gpu_or_one_twice_is_refused(machine, option):
+    machine(2)
+    with pytest.raises(ConfigurationError, match=r"each once.*0 \(GPU-00-x\), 1 \(GPU-11-x\)"):
+        local_cluster(CUDA_VISIBLE_DEVICES=option)
+
+
+def test_an_environment_that_names_a_gpu_twice_hides_all_as_in_cuda(machine, monkeypatch):
+    machine(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,0")
+    assert count_gpus() == 0
+    assert type(local_cluster()) is Started
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(("gpus", "left"), [(2, ""), (0, "-1")])
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_minus_one_is_written_so_that_dask_can_read_it(machine, monkeypatch, device, gpus, left):
+    machine(gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert type(local_cluster(device=device)) is Started
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_no_variable_is_made_where_there_was_none(machine):
+    machine(2)
+    local_cluster(CUDA_VISIBLE_DEVICES=[1])
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_gpus_without_dask_cuda_are_an_error_that_says_what_to_install(machine):

@@ -16,7 +16,7 @@ FLOORS: list[list[str]] = [
     ["errors", "html_repr", "sizeof"],
     ["config", "option_names"],
     ["batching", "placement", "_placement_*", "chunking", "timesplit"],
-    ["device"],
+    ["device", "_device_*"],
     ["models.spec"],
     ["kernels", "kernels.*"],
     ["models", "models.*"],
