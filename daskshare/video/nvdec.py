@@ -225,7 +225,7 @@ class NvdecFrames:
         with _sessions.use(key) as session:
             batch: torch.Tensor | None = None
             convert: Callable[[list[Any], torch.Tensor, int], None] | None = None
-            for pictures, certain_until in self._pictures(session, stream, expected[0]):
+            for pictures, certain_until in self._pictures(session, stream, expected):
                 surfaces = self._wanted(pictures, expected, placed)
                 while surfaces:
                     if batch is None:
@@ -267,10 +267,10 @@ class NvdecFrames:
         return surfaces
 
     def _pictures(
-        self, session: NvdecSession, stream: VideoStream, origin: int
+        self, session: NvdecSession, stream: VideoStream, expected: list[int]
     ) -> Iterator[tuple[list[tuple[Any, int]], float]]:
         """Decode the chunk; yields pictures with their times, and until when these are certain."""
-        order = DisplayOrder()
+        order = DisplayOrder(expected)
 
         def decoded(data: bytes, piece: int) -> tuple[list[tuple[Any, int]], float]:
             try:
@@ -280,14 +280,14 @@ class NvdecFrames:
             certain = order.certain_until
             return shown, -math.inf if certain is None else certain
 
-        for packets in self._pieces(stream, origin):
+        for packets in self._pieces(stream, expected[0], expected[-1]):
             piece = order.feed([time for _, time in packets])
             yield decoded(b"".join([data for data, _ in packets]), piece)
         shown, certain = decoded(b"", 0)
         yield shown, certain if order.waiting else math.inf
 
     def _pieces(
-        self, stream: VideoStream, origin: int
+        self, stream: VideoStream, origin: int, end: int
     ) -> Iterator[list[tuple[bytes | memoryview, int]]]:
         """Packets as the decoder takes them, as many at a time as it can tell apart."""
         to_start_codes = _start_codes(self._chunk.codec, stream)
@@ -306,12 +306,14 @@ class NvdecFrames:
                 data = _converted(data, to_start_codes)
             if prefix:
                 data, prefix = prefix + bytes(data), b""
-            # H.264's may be shown or not.
-            if piece and (leading or len(piece) == most):
+            # H.264's leading pictures may be shown or not, and those of the next chunk may come out
+            # of the decoder when that is decoded.
+            alone = leading or time > end
+            if piece and (alone or len(piece) == most):
                 yield piece
                 piece = []
             piece.append((data, time))
-            if leading:
+            if alone:
                 yield piece
                 piece = []
         if piece:

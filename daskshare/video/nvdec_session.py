@@ -110,7 +110,6 @@ class NvdecSession:
         self._base = self._latest = 0
         self._open = False
         self._new_packet_data = PyNvVideoCodec.PacketData
-        self._packet_data = PyNvVideoCodec.PacketData()
         with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
             self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             # The stream exists, so torch's (the primary) context is current in this thread.
@@ -129,7 +128,7 @@ class NvdecSession:
         ----------
         data : bytes
         piece : int
-            Its number within the chunk.
+            Its number within the chunk, 0 or more, ascending with the times of first pictures.
 
         Returns
         -------
@@ -138,15 +137,12 @@ class NvdecSession:
             or that of the picture before. Draining does not bring all of a chunk's pictures out of
             the decoder at once: those that come during the next chunk are left out.
         """
-        packet = self._packet_data
+        packet = self._new_packet_data()
         if data:
             packet.bsl = len(data)
             packet.bsl_data = np.frombuffer(data, np.uint8).ctypes.data
             self._latest = max(self._latest, self._base + piece)
             packet.pts = (self._base + piece) << _MADE_UP_BITS
-            packet.key = int(piece == 0)
-        else:
-            packet = self._new_packet_data()
         if self._open:
             surfaces = self._decoder.Decode(packet)
         else:

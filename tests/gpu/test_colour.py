@@ -32,11 +32,9 @@ def test_kernel_equals_twin(torch, sample_bytes, width, height, matrix, full_ran
     # Rows are longer than the picture, as NVDEC's are.
     pitch = (width + 31) // 2 * 2
     rows, chroma_rows = height, -(-height // 2)
-    # More than one launch takes.
-    count = MAX_SURFACES + 2
-    host = rng.integers(0, top, (count, rows + chroma_rows, pitch)).astype(dtype)
-    luma = host[:, :rows, :width]
-    chroma = host[:, rows:, : 2 * (-(-width // 2))].reshape(count, chroma_rows, -1, 2)
+    host = rng.integers(0, top, (rows + chroma_rows, pitch)).astype(dtype)
+    luma = host[:rows, :width]
+    chroma = host[rows:, : 2 * (-(-width // 2))].reshape(chroma_rows, -1, 2)
     conversion = yuv_conversion(matrix, full_range=full_range)
     surface = torch.from_numpy(host.view(np.uint8)).cuda()
     out = torch.full((3, height, width, 3), 77, dtype=torch.uint8, device="cuda")

@@ -10,40 +10,60 @@ from daskshare.video.display_order import DisplayOrder, OrderLost
 
 
 def test_the_earliest_comes_first_and_the_first_of_a_piece_makes_sure():
-    order = DisplayOrder()
-    assert order.feed([0, 3, 1, 2]) == 0
-    assert order.feed([6, 4, 5]) == 1
+    order = DisplayOrder(range(7))
+    first, second = order.feed([0, 3, 1, 2]), order.feed([6, 4, 5])
     assert order.certain_until is None
-    assert [order.shown(number) for number in (0, 0, 0)] == [0, 1, 2]
+    assert [order.shown(first) for _ in range(3)] == [0, 1, 2]
     assert order.certain_until == 0
-    assert [order.shown(number) for number in (0, 0, 0)] == [3, 4, 5]
+    assert [order.shown(first) for _ in range(3)] == [3, 4, 5]
     assert (order.certain_until, order.waiting) == (0, 1)
-    assert order.shown(1) == 6
+    assert order.shown(second) == 6
     assert (order.certain_until, order.waiting) == (6, 0)
 
 
 def test_packets_that_come_alone_need_no_order():
-    order = DisplayOrder()
-    assert [order.feed([time]) for time in (7, 3, 5)] == [0, 1, 2]
+    order = DisplayOrder([3, 5, 7])
+    seven, _, five = (order.feed([time]) for time in (7, 3, 5))
     # The second shows nothing.
-    assert (order.shown(2), order.certain_until) == (5, 5)
-    assert (order.shown(0), order.certain_until) == (7, 7)
+    assert (order.shown(five), order.certain_until) == (5, 5)
+    assert (order.shown(seven), order.certain_until) == (7, 7)
 
 
-@pytest.mark.parametrize("number", [-1, 1])
-def test_unknown_pieces(number):
-    order = DisplayOrder()
-    order.feed([0])
-    with pytest.raises(OrderLost, match=f"piece {number} came; 1 were given"):
-        order.shown(number)
+@given(
+    st.sets(st.integers(-(2**40), 2**40), min_size=1, max_size=9),
+    st.lists(st.integers(-(2**40), 2**40), max_size=9),
+)
+def test_numbers_ascend_with_times(expected, others):
+    expected = sorted(expected)
+    order = DisplayOrder(expected)
+    times = sorted({*expected, *others})
+    numbers = [order.feed([time]) for time in times]
+    assert numbers == sorted(numbers)
+    assert numbers[0] >= 0
+    # Frames of the chunk share theirs with nobody.
+    for time in expected:
+        assert numbers.count(numbers[times.index(time)]) == 1
+
+
+def test_numbers_stay_small_whatever_the_times():
+    order = DisplayOrder([0, 1])
+    assert order.feed([-(2**50)]) == 0
+    assert order.feed([2**50]) < 4096
+
+
+def test_unknown_pieces():
+    order = DisplayOrder([0, 1])
+    number = order.feed([0])
+    with pytest.raises(OrderLost, match=f"piece {number + 1} came, which was not given"):
+        order.shown(number + 1)
 
 
 def test_more_pictures_than_packets():
-    order = DisplayOrder()
-    order.feed([0])
-    order.shown(0)
+    order = DisplayOrder([0])
+    number = order.feed([0])
+    order.shown(number)
     with pytest.raises(OrderLost, match="more pictures"):
-        order.shown(0)
+        order.shown(number)
 
 
 @st.composite
@@ -63,29 +83,26 @@ def videos(draw):
     return pieces
 
 
-def show(pieces, lost):
+def show(pieces, lost=None):
     """Play a decoder that shows a picture once all earlier ones are there; yields times."""
-    order = DisplayOrder()
-    waiting, given, last, next_time = {}, set(), None, 0
+    order = DisplayOrder(range(sum(map(len, pieces))))
+    own, given, last, next_time = {}, set(), None, 0
     for piece in pieces:
-        number = order.feed(piece)
-        waiting.update(dict.fromkeys(piece, None))
-        waiting[piece[0]] = number
+        own[piece[0]] = order.feed(piece)
         given.update(piece)
         while next_time in given:
-            own = waiting.pop(next_time)
-            next_time += 1
-            if next_time - 1 == lost:
+            time, next_time = next_time, next_time + 1
+            if time == lost:
                 continue
-            last = last if own is None else own
+            last = own.get(time, last)
             # Without its first picture, what follows counts as the rest of a chunk before.
             if last is not None:
-                yield next_time - 1, order.shown(last), order
+                yield time, order.shown(last), order
 
 
 @given(videos())
 def test_every_picture_gets_its_time(pieces):
-    shown = [(true, time) for true, time, _ in show(pieces, None)]
+    shown = [(true, time) for true, time, _ in show(pieces)]
     assert shown == [(time, time) for time in range(sum(map(len, pieces)))]
 
 
@@ -93,7 +110,7 @@ def test_every_picture_gets_its_time(pieces):
 def test_no_wrong_time_is_certain(pieces, data):
     count = sum(map(len, pieces))
     lost = data.draw(st.integers(0, count - 1))
-    wrong, order = [], DisplayOrder()
+    wrong, order = [], DisplayOrder([0])
     try:
         for true, time, order in show(pieces, lost):
             if time != true:

@@ -33,7 +33,8 @@ class StandInSession:
         self.parser = av.CodecContext.create(key.codec, "r")
         self.pieces = []
         self.numbers = {}
-        self.packets = self.shown = self.last = 0
+        self.packets = self.shown = 0
+        self.last = -1
 
     def decode(self, data, piece):
         packets = self.parser.parse(data) + self.parser.parse() if data else [None]
@@ -41,23 +42,28 @@ class StandInSession:
         if len(self.pieces) == self.fail_at:
             raise RuntimeError("the session broke")
         frames = []
-        for own, packet in enumerate(packets):
+        for place, packet in enumerate(packets):
             if packet is not None:
                 self.packets += 1
                 packet.pts = self.packets
                 # Only the first packet's time is known to the parser.
-                self.numbers[packet.pts] = None if own else piece
+                if place == 0:
+                    self.numbers[packet.pts] = piece
             frames += self.context.decode(packet)
         return list(self.numbered(frames))
 
     def numbered(self, frames):
         for frame in frames:
-            number = self.numbers.pop(frame.pts)
             self.shown += 1
             if self.shown - 1 in self.drop:
                 continue
-            self.last = self.last if number is None else number
-            yield SimpleNamespace(frame=frame), self.last
+            number = self.numbers.get(frame.pts, self.last)
+            # NVDEC's parser would hand them out in ascending order whatever was given.
+            assert number >= self.last
+            self.last = number
+            # Otherwise it is the rest of a chunk before.
+            if number >= 0:
+                yield SimpleNamespace(frame=frame), number
 
     def empty_frames(self, count, height, width):
         return torch.empty((count, height, width, 3), dtype=torch.uint8)
@@ -78,6 +84,7 @@ class StandInSession:
 
     def drain(self):
         self.context.flush_buffers()
+        self.last = -1
 
     def close(self):
         self.context = None
