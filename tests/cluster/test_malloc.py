@@ -10,6 +10,7 @@ import pytest
 from distributed import Client
 
 import daskshare
+from daskshare.worker_plugin import local_share
 from tests.cluster.conftest import TIMEOUT
 
 MIB = 2**20
@@ -21,8 +22,6 @@ BLOCKS = 50
 def faults_per_block():
     """Page faults of this thread for each block that it takes, fills and frees."""
     import resource
-
-    from daskshare.worker_plugin import local_share
 
     local_share()
     np.ones(BLOCK_BYTES, np.uint8)
