@@ -10,6 +10,7 @@ import dask.config
 import yaml
 from dask.utils import parse_bytes, parse_timedelta
 
+from daskshare._malloc import MAX_RETAINED_BYTES
 from daskshare.errors import ConfigurationError
 
 __all__ = [
@@ -60,6 +61,13 @@ def _integer(name: str, *, minimum: int = 1) -> int:
     if isinstance(got, bool) or not isinstance(got, int) or got < minimum:
         raise _fail(name, got, f"an integer >= {minimum}")
     return got
+
+
+def _num_bytes(got: Any) -> int:
+    try:  # A float is a mistaken fraction.
+        return 0 if isinstance(got, (bool, float)) else int(parse_bytes(got))
+    except (TypeError, ValueError, AttributeError):
+        return 0
 
 
 def _text(name: str) -> str | None:
@@ -159,12 +167,8 @@ class ShareOptions:
         if isinstance(got, float) and 0 < got <= 1:
             limit = got
         else:
-            try:
-                # A float above 1 is a mistaken fraction, not a number of bytes.
-                limit = 0 if isinstance(got, float) else int(parse_bytes(got))
-            except (TypeError, ValueError, AttributeError):
-                limit = 0
-            if limit <= 1 or isinstance(got, bool):
+            limit = _num_bytes(got)
+            if limit <= 1:
                 raise _fail(
                     "share.memory-limit",
                     got,
@@ -236,9 +240,12 @@ class WorkerOptions:
     torch_threads : int or None
         Threads that torch computes with on a worker without a GPU; ``None``: as many as the
         worker has task threads, and no more than the cores that the process may use.
+    retain_memory_bytes : int or None
+        What malloc keeps of freed memory on a worker without a GPU; ``None``: as Dask set it.
     """
 
     torch_threads: int | None = None
+    retain_memory_bytes: int | None = 64 * 2**20
 
     @classmethod
     def from_config(cls) -> Self:
@@ -250,7 +257,14 @@ class WorkerOptions:
             When a value has the wrong type or is out of range.
         """
         threads = _get("worker.torch-threads")
-        return cls(torch_threads=None if threads is None else _integer("worker.torch-threads"))
+        got = _get("worker.retain-memory")
+        retained = None if got is None else _num_bytes(got)
+        if retained is not None and not 1 < retained <= MAX_RETAINED_BYTES:
+            raise _fail("worker.retain-memory", got, "bytes below 2 GiB such as '64 MiB', or null")
+        return cls(
+            torch_threads=None if threads is None else _integer("worker.torch-threads"),
+            retain_memory_bytes=retained,
+        )
 
 
 @dataclass(frozen=True, slots=True)

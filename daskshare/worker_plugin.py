@@ -18,6 +18,7 @@ from distributed import Status, Worker, WorkerPlugin, get_worker
 from distributed.comm.addressing import get_address_host
 from distributed.protocol.pickle import dumps, loads
 
+from daskshare._malloc import retain_freed
 from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
@@ -113,6 +114,9 @@ def _build_share(task_threads: int) -> ModelShare:
     device = current_device()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
+        retained = WorkerOptions.from_config().retain_memory_bytes
+        if retained is not None:
+            retain_freed(retained)
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )

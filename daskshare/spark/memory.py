@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
-
 import pyarrow as pa
+
+from daskshare._malloc import release_freed
 
 __all__ = ["release_unused"]
 
@@ -20,13 +18,4 @@ def release_unused() -> None:
     A C library that cannot do it is left alone.
     """
     pa.default_memory_pool().release_unused()
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    # glibc's own; musl has none.
-    trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return trim
+    release_freed()

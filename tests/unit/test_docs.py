@@ -56,7 +56,7 @@ def test_every_option_is_described_with_its_default(name):
     default = DEFAULTS[name]
     # What has no default of its own is told in words.
     if default is not None:
-        assert row.group(1).strip("` ") == str(default).lower().strip("` ")
+        assert row.group(1).lower().strip("` ") == str(default).lower().strip("` ")
 
 
 def test_every_page_is_in_a_table_of_contents():

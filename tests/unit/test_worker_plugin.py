@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 import daskshare.worker_plugin
 from daskshare.errors import ConfigurationError, NotOnWorkerError
+from daskshare.share import ModelShare
 from daskshare.worker_plugin import (
     PLUGIN_NAME,
     DaskshareWorkerPlugin,
@@ -210,3 +212,23 @@ def test_the_plugin_travels_small():
     text = pickle.dumps(DaskshareWorkerPlugin())
     assert len(text) < 200
     assert pickle.loads(text).name == PLUGIN_NAME  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "expected"),
+    [("cpu", "8 MiB", [8 * 2**20]), ("cpu", None, []), ("cuda", "8 MiB", [])],
+)
+def test_freed_memory_is_retained_on_a_cpu_if_at_all(monkeypatch, kind, option, expected):
+    retained = []
+    plugin = daskshare.worker_plugin
+    monkeypatch.setattr(plugin, "retain_freed", retained.append)
+    monkeypatch.setattr(plugin, "_set_torch_threads", lambda threads: None)
+    monkeypatch.setattr("daskshare.device.current_device", lambda: SimpleNamespace(kind=kind))
+    # Not by its name in the package, which is a function.
+    monkeypatch.setattr(
+        sys.modules[ModelShare.__module__], "ModelShare", lambda device, **_: retained[:]
+    )
+    options = {"daskshare.worker.retain-memory": option, "daskshare.host.serve": False}
+    with dask.config.set(options):
+        # What there was when the share was made, before any model.
+        assert _build_share(1) == expected
