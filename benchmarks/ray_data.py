@@ -3,12 +3,13 @@
 Copies of a clip become Parquet of detections in two ways, each in a driver of its own. ``CPU
 decode`` decodes with PyAV in tasks on all cores, letterboxes there, and hands blocks of small
 frames to a GPU actor. ``NVDEC in actors`` decodes on the GPU in a few actors that have a copy of
-the model each. Their network is daskshare's as a user of torch would run it, without the fused
-kernels: compiled, captured in a CUDA graph, suppression on the GPU.
+the model each. Their network is daskshare's, as a user of torch would run it: ``torch.compile``
+instead of the fused kernels, a CUDA graph, suppression on the GPU.
 
 Ray is given its best figure: frames by the seconds from the last actor being ready, compiled, to
 the end of ``write_parquet``. Ray Data is told to wait for its actors, so nothing is decoded before.
 The whole call includes their start; a run on two files came before, so compiled code is cached.
+Every driver has ``--timeout`` seconds for both.
 
 Needs ``pip install "ray[data]==2.60.0"``. Without a GPU, a small run of ``CPU decode`` shows that
 all works; its figures mean nothing.
@@ -144,7 +145,7 @@ def main() -> int:
     parser.add_argument("--nvdec-actors", default="4,8", help="that decode and detect")
     parser.add_argument("--threads", type=int, default=16, help="task threads of daskshare")
     parser.add_argument("--repeat", type=int, default=3, help="runs of daskshare")
-    parser.add_argument("--timeout", type=float, default=400, help="seconds for a Ray driver")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for a Ray driver")
     parser.add_argument("--driver", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.driver:

@@ -59,10 +59,13 @@ class GpuModel:
         self.torch, self.batch_size = torch, batch_size
         self.program = spec.load(device)
         # The kernels that replace torch.compile's are daskshare's own; a user of Ray has none.
+        # (That of the first layer stays, in Ray's favour.)
         with dask.config.set({"daskshare.models.fused-kernels": False}):
             forward = self.program.compile(batch_size)
         shape = (batch_size, *self.program.letterbox_size, 3)
-        self.static = torch.zeros(shape, dtype=torch.uint8, device=device.torch_device())
+        # As what it was compiled for, or it would be compiled once more.
+        with torch.inference_mode():
+            self.static = torch.zeros(shape, dtype=torch.uint8, device=device.torch_device())
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -265,7 +268,7 @@ class DecodeAndDetectActor(Actor):
         left, step = len(self.decoder), self.model.batch_size
         # Everything here is on the default stream, the decoder's too; the model has its own.
         while left:
-            out = self.model.static.new_empty((min(left, step), *self.size, 3))
+            out = torch.empty((min(left, step), *self.size, 3), dtype=torch.uint8, device="cuda")
             filled = 0
             while filled < len(out):
                 surfaces = self.decoder.get_batch_frames(min(16, len(out) - filled))
