@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from collections.abc import Sequence
 
 __all__ = ["DisplayOrder", "OrderLost"]
@@ -43,7 +44,7 @@ class DisplayOrder:
 
     def __init__(self, expected: Sequence[int]) -> None:
         self._expected = expected
-        steps = [after - before for before, after in zip(expected, expected[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(expected)]
         self._step = min(steps, default=1)
         self._first: dict[int, int] = {}
         self._several: set[int] = set()
