@@ -52,7 +52,7 @@ def visible_gpus(variable: str | None = None) -> list[VisibleGpu]:
         return []
     gpus, slices = driver_uuids()
     if variable is None:
-        return [VisibleGpu(number, uuid) for number, uuid in enumerate(gpus)]
+        return [VisibleGpu(number, uuid) for number, uuid in enumerate(gpus) if uuid]
     entries = [entry.strip() for entry in variable.split(",")]
     kind = _kind(entries[0])
     found: list[VisibleGpu] = []
@@ -72,7 +72,10 @@ def full_mig_uuid(name: str) -> str:
 
 
 def driver_uuids() -> tuple[list[str], list[str]]:
-    """Ask the driver for the UUIDs of all GPUs and of all MIG slices, in the PCI bus's order."""
+    """Ask the driver for the UUIDs of all GPUs and of all MIG slices, in the PCI bus's order.
+
+    That of a GPU that does not answer is empty.
+    """
     try:
         import pynvml
     except ImportError:
@@ -85,8 +88,13 @@ def driver_uuids() -> tuple[list[str], list[str]]:
     gpus, slices = [], []
     try:
         for number in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-            gpus.append(_text(pynvml.nvmlDeviceGetUUID(handle)))
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+                gpus.append(_text(pynvml.nvmlDeviceGetUUID(handle)))
+            except pynvml.NVMLError:
+                # One that was lost keeps its number.
+                gpus.append("")
+                continue
             try:
                 places = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
             except pynvml.NVMLError:
@@ -110,7 +118,7 @@ def _kind(entry: str) -> str:
 def _resolve(entry: str, gpus: Sequence[str], slices: Sequence[str]) -> VisibleGpu | None:
     if entry.isdecimal():
         number = int(entry)
-        return VisibleGpu(number, gpus[number]) if number < len(gpus) else None
+        return VisibleGpu(number, gpus[number]) if number < len(gpus) and gpus[number] else None
     uuid = ""
     if entry.startswith("GPU-"):
         uuid = _only(entry, gpus)

@@ -87,12 +87,12 @@ class KernelLaunch:
         *pointers : int
             The first of the addresses; others keep their values.
         depth : int
-            By how much the grid's third size is multiplied.
+            By how much the grid's third size is multiplied; 1 to ``max_depth``.
 
         Raises
         ------
         ValueError
-            When more addresses come than the kernel takes.
+            When more addresses come than the kernel takes, or ``depth`` is out of range.
         LaunchError
             When the driver refuses.
         """
@@ -101,6 +101,8 @@ class KernelLaunch:
                 f"got {len(pointers)} addresses for {self._kernel.name}; expected at most "
                 f"{len(self._pointers)}"
             )
+        if not 1 <= depth <= len(self._launches):
+            raise ValueError(f"got a depth of {depth}; expected 1 to {len(self._launches)}")
         self._pointers[: len(pointers)] = list(pointers)
         error = self._launches[depth - 1]()
         if error:

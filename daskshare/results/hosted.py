@@ -112,10 +112,14 @@ def probe(call: Call) -> list[Any]:
     -------
     list of dict
         Chunks for ``detect-chunk``, one or more; as JSON, opaque to the client but for ``error``.
+        Where packets lie is left out of very long videos, as the answer must fit into a message.
     """
     seconds = call.arguments.get("chunk_seconds") or VideoOptions.from_config().chunk_seconds
     path = _path(call.arguments["path"])
-    return [_as_json(chunk) for chunk in probe_video(path, chunk_seconds=seconds)]
+    chunks = probe_video(path, chunk_seconds=seconds)
+    if sum(len(chunk.packed_packets) for chunk in chunks) > _MOST_TABLE_BYTES:
+        chunks = [dataclasses.replace(chunk, packed_packets=b"") for chunk in chunks]
+    return [_as_json(chunk) for chunk in chunks]
 
 
 def _path(name: str) -> str:
@@ -129,6 +133,7 @@ def _path(name: str) -> str:
 
 
 _PACKED = ("packed_pts", "packed_packets")
+_MOST_TABLE_BYTES = 4 << 20
 
 
 def _as_json(chunk: VideoChunk) -> dict[str, Any]:
@@ -141,7 +146,8 @@ def _as_json(chunk: VideoChunk) -> dict[str, Any]:
 
 
 def _from_json(values: dict[str, Any]) -> VideoChunk:
-    packed = {name: base64.b64decode(values[name]) for name in _PACKED}
+    # A host of an earlier version does not send all.
+    packed = {name: base64.b64decode(values.get(name, "")) for name in _PACKED}
     return VideoChunk(**{**values, "time_base": Fraction(values["time_base"]), **packed})
 
 

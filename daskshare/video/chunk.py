@@ -107,7 +107,10 @@ class VideoChunk:
         """Whether the video is a local file and still the one that was indexed."""
         from daskshare.video.sources import fingerprint, is_url
 
-        return not is_url(self.video) and fingerprint(self.video) == self.fingerprint
+        try:
+            return not is_url(self.video) and fingerprint(self.video) == self.fingerprint
+        except OSError:
+            return False
 
     @contextmanager
     def open_frames(
@@ -151,7 +154,7 @@ class VideoChunk:
         Notes
         -----
         Decoding happens in the thread that iterates and releases the interpreter lock; at most
-        one batch and the decoder's own pictures are in memory.
+        one batch (on a GPU two) and the decoder's own pictures are in memory.
         """
         options = VideoOptions.from_config()
         decoder = decoder or options.decoder

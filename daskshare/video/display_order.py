@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 __all__ = ["DisplayOrder", "OrderLost"]
@@ -48,7 +49,8 @@ class DisplayOrder:
         self._step = min(steps, default=1)
         self._first: dict[int, int] = {}
         self._several: set[int] = set()
-        self._seen: set[int] = set()
+        # Pieces whose first picture has not come. Pictures far outside of the chunk share numbers.
+        self._unseen: Counter[int] = Counter()
         self._times: list[int] = []
         self.certain_until: int | None = None
 
@@ -73,6 +75,7 @@ class DisplayOrder:
         """
         number = self._number(times[0])
         self._first[number] = times[0]
+        self._unseen[number] += 1
         if len(times) > 1:
             self._several.add(number)
             for time in times:
@@ -110,11 +113,11 @@ class DisplayOrder:
         """
         if number not in self._first:
             raise OrderLost(f"a picture of piece {number} came, which was not given")
-        if number in self._seen:
+        if not self._unseen[number]:
             if not self._times:
                 raise OrderLost("more pictures came than packets were given")
             return heapq.heappop(self._times)
-        self._seen.add(number)
+        self._unseen[number] -= 1
         time = self._first[number]
         if self._times and (self._times[0] < time or number in self._several):
             earliest = heapq.heappop(self._times)

@@ -60,8 +60,8 @@ class Scan:
     dts : list of (int or None)
         Decoding times in the order of ``index``, ticks.
     places : list of (int, int)
-        Positions in the file and sizes of the packets in the same order, bytes; empty where
-        packets do not lie in one piece.
+        Positions in the file and sizes of the packets in the same order, bytes. Of MP4 and MOV;
+        empty for others, and where anything is damaged.
     start_seconds, end_seconds : float
     """
 
@@ -301,6 +301,13 @@ def _distrust_container(
         return f"the codec {scan.codec} is not known to restart at keyframes"
     if any(row[0] is None for row in rows):
         return "packets have no presentation time"
+    shown = [row[0] for row in rows if row[0] is not None and row[3]]
+    first, last = min(shown, default=0), max(shown, default=-1)
+    if scan.codec != "vp8" and any(
+        first <= row[0] <= last for row in rows if row[0] is not None and not row[3]
+    ):
+        # Decoders know nothing of edit lists and show such pictures among the others.
+        return "an edit list leaves out pictures in its midst"
     # Two fields may travel as two packets, and then packets are not frames.
     if int(stream.codec_context.field_order) > 1:
         return "it is interlaced"

@@ -1,9 +1,9 @@
 """Decode a chunk on a CUDA device with PyNvVideoCodec; frames never visit the host.
 
-PyAV demultiplexes, so that both decoders follow the same plan of packets; NVDEC decodes into
-NV12 or P016 surfaces; one CuPy kernel turns each into RGB, letterboxed for the network where that
-is asked for. Whatever NVDEC cannot do, or fails to do half-way, goes to PyAV, and the stream says
-so.
+Packets are those that PyAV would decode, read by their places in local MP4 files and by PyAV from
+all else. NVDEC decodes them into NV12 or P016 surfaces; one CuPy kernel turns several into RGB,
+letterboxed for the network where that is asked for. Whatever NVDEC cannot do, or fails to do
+half-way, goes to PyAV, and the stream says so.
 """
 
 from __future__ import annotations
@@ -193,6 +193,7 @@ class NvdecFrames:
             for batch in self._from_gpu():
                 done += len(batch.pts_seconds)
                 yield batch
+                del batch
             return
         except failures as error:
             reason = f"NVDEC failed after {done} frames: {error}"
@@ -241,15 +242,20 @@ class NvdecFrames:
                         with torch.cuda.stream(session.stream):
                             finished = self._finished(batch[: end - begun], begun, pts)
                         complete.append((end, finished, session.mark()))
+                        del finished
                         batch = None
                 while complete and expected[complete[0][0] - 1] <= certain_until:
-                    _, finished, wait = complete.popleft()
-                    wait()
-                    yield finished
+                    complete[0][2]()
+                    yield complete.popleft()[1]
                 if placed == len(expected) and not complete:
                     break
-            if placed < len(expected) or complete:
+            if placed < len(expected):
                 raise NvdecFailed(f"frame {chunk.first_frame + placed} did not come")
+            if complete:
+                raise NvdecFailed(
+                    f"pictures from frame {complete[0][1].first_frame} on cannot be told apart: "
+                    "fewer came than packets were given"
+                )
         self.problem = decode.FrameNumbers(chunk).problem_when_complete()
 
     def _wanted(
@@ -296,9 +302,11 @@ class NvdecFrames:
         # A chunk may begin at a picture before which packets do not repeat them.
         prefix = to_start_codes.parameter_sets if to_start_codes else b""
         piece: list[tuple[bytes | memoryview, int]] = []
+        keyframe: int | None = None
         for data, time in self._packets(stream):
+            keyframe = time if keyframe is None else keyframe
             leading = time < origin
-            if leading and self._chunk.codec == "hevc":
+            if time < keyframe and self._chunk.codec == "hevc":
                 # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the
                 # standard says, but gives their times to the pictures that follow.
                 continue

@@ -69,7 +69,7 @@ def read_packets(path: str, packed: bytes) -> Iterator[tuple[memoryview, int]]:
         The file cannot be read, or ends before a packet does.
     """
     positions, sizes, times = (column.tolist() for column in unpack_table(packed))
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         done = 0
         while done < len(positions):
             begin, last = positions[done], done

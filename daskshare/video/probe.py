@@ -14,8 +14,16 @@ from daskshare.chunking import PacketIndex, plan_chunks
 from daskshare.config import VideoOptions
 from daskshare.video.chunk import VideoChunk, pack_pts
 from daskshare.video.index import Scan, scan_container
+from daskshare.video.nvdec_session import CODECS
 from daskshare.video.packets import pack_table
-from daskshare.video.sources import Paths, expand_paths, fingerprint, is_process_local, open_av
+from daskshare.video.sources import (
+    Paths,
+    expand_paths,
+    fingerprint,
+    is_process_local,
+    is_url,
+    open_av,
+)
 
 __all__ = ["probe_video", "probe_videos"]
 
@@ -197,7 +205,7 @@ def _chunks(
                 seek_dts=scan.dts[plan.first_packet] if number else None,
                 num_packets=plan.num_packets,
                 packed_pts=pack_pts(plan.pts),
-                packed_packets=_table(scan, plan.first_packet, plan.num_packets),
+                packed_packets=_table(video, scan, plan.first_packet, plan.num_packets),
                 threads=(
                     _THREADS_WHEN_UNCUT
                     if len(plans) == 1 and whole_seconds > 2 * chunk_seconds
@@ -209,9 +217,10 @@ def _chunks(
     return chunks
 
 
-def _table(scan: Scan, first_packet: int, num_packets: int | None) -> bytes:
-    if not scan.places or scan.index is None:
+def _table(video: str, scan: Scan, first_packet: int, num_packets: int) -> bytes:
+    # Where it could not be used it would only make graphs larger.
+    if not scan.places or scan.index is None or is_url(video) or scan.codec not in CODECS:
         return b""
-    end = len(scan.places) if num_packets is None else first_packet + num_packets
+    end = first_packet + num_packets
     positions, sizes = np.array(scan.places[first_packet:end], np.int64).T
     return pack_table(positions, sizes, scan.index.pts[first_packet:end])

@@ -187,6 +187,23 @@ def test_the_driver_lists_gpus_and_their_slices(monkeypatch):
     assert nvml.open == 0
 
 
+def test_a_gpu_that_was_lost_keeps_its_number_and_is_no_device(monkeypatch):
+    class OneLost(FakeNvml):
+        def nvmlDeviceGetHandleByIndex(self, index):
+            if index == 0:
+                raise self.NVMLError("GPU is lost")
+            return super().nvmlDeviceGetHandleByIndex(index)
+
+    nvml = OneLost()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert driver_uuids() == (["", "GPU-1"], ["MIG-0", "MIG-2"])
+    assert nvml.open == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [(gpu.entry, gpu.uuid) for gpu in visible_gpus()] == [(1, "GPU-1")]
+    assert visible_gpus("0,1") == []
+    assert [gpu.uuid for gpu in visible_gpus("1,0")] == ["GPU-1"]
+
+
 @pytest.mark.parametrize("nvml", [FakeNvml(driver=False), None])
 def test_without_the_driver_or_its_library_there_are_no_gpus(monkeypatch, nvml):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)

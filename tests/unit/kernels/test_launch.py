@@ -64,6 +64,17 @@ def test_depth_multiplies_the_grid_and_addresses_left_out_stay(calls, kernel):
     ]
 
 
+@pytest.mark.parametrize("depth", [-1, 0, 3])
+def test_the_depth_is_checked(depth, calls, kernel):
+    queue = KernelLaunch(
+        *(kernel, (1, 1, 1), (1, 1, 1)),
+        **{"num_pointers": 2, "constant": b"plan\0", "stream": 0, "max_depth": 2},
+    )
+    with pytest.raises(ValueError, match=f"got a depth of {depth}; expected 1 to 2"):
+        queue(1, depth=depth)
+    assert calls.made == []
+
+
 def test_the_number_of_pointers_is_checked(calls, kernel):
     queue = KernelLaunch(kernel, (1, 1, 1), (1, 1, 1), num_pointers=2, constant=b"plan\0", stream=0)
     with pytest.raises(ValueError, match="got 3 addresses for blur; expected at most 2"):

@@ -51,6 +51,16 @@ def test_numbers_stay_small_whatever_the_times():
     assert order.feed([2**50]) < 4096
 
 
+def test_pictures_far_outside_share_a_number():
+    order = DisplayOrder([0, 1, 2])
+    far = [order.feed([time]) for time in (-9000, -5000)]
+    assert far == [0, 0]
+    first = order.feed([0, 1])
+    for number in far:
+        assert order.shown(number) < 0
+    assert [order.shown(first), order.shown(first)] == [0, 1]
+
+
 def test_unknown_pieces():
     order = DisplayOrder([0, 1])
     number = order.feed([0])

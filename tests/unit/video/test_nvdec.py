@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+import weakref
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import av
@@ -251,6 +254,89 @@ def test_a_file_that_changed_is_read_by_the_demultiplexer(clips, sessions, tmp_p
     frames, (stream,) = frames_of([chunk])
     clips.assert_same(frames, clips.reference(path))
     assert stream.decoder == "nvdec"
+
+
+def test_a_file_that_is_deleted_while_it_is_open(clips, sessions, tmp_path):
+    path = clips.write(tmp_path / "a.mp4", options={"x264-params": X264}, frames=30)
+    (chunk,) = probe_videos(path, chunk_seconds=100)
+    reference = clips.reference(path)
+    with chunk.open_frames(device=DEVICE, batch_frames=7, decoder="nvdec") as stream:
+        Path(path).unlink()
+        frames = np.concatenate([np.asarray(batch.frames) for batch in stream])
+    assert len(frames) == len(reference)
+
+
+def test_at_most_two_batches_are_in_memory(clips, sessions, tmp_path, monkeypatch):
+    path = clips.write(tmp_path / "a.mp4", options={"x264-params": X264}, frames=30)
+    (chunk,) = probe_videos(path, chunk_seconds=100)
+    alive, most = weakref.WeakSet(), 0
+    empty_frames = StandInSession.empty_frames
+
+    def count(self, *shape):
+        nonlocal most
+        frames = empty_frames(self, *shape)
+        alive.add(frames)
+        most = max(most, len(alive))
+        return frames
+
+    monkeypatch.setattr(StandInSession, "empty_frames", count)
+    with chunk.open_frames(device=DEVICE, batch_frames=7, decoder="nvdec") as stream:
+        for batch in stream:
+            del batch
+    assert most == 2
+
+
+def with_edit_list(path, entries):
+    """Rewrite an MP4's edit list: (length in ms, first tick) each."""
+    data = Path(path).read_bytes()
+
+    def boxes(data, begin):
+        while begin < len(data):
+            size, kind = struct.unpack_from(">I4s", data, begin)
+            yield kind, begin, data[begin : begin + size]
+            begin += size
+
+    def box(kind, *content):
+        content = b"".join(content)
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    begin, moov = next((begin, found) for kind, begin, found in boxes(data, 0) if kind == b"moov")
+    assert begin + len(moov) == len(data)
+    rows = b"".join(struct.pack(">IiI", length, tick, 1 << 16) for length, tick in entries)
+    edits = box(b"edts", box(b"elst", struct.pack(">II", 0, len(entries)), rows))
+    parts = []
+    for kind, _, part in boxes(moov, 8):
+        if kind == b"trak":
+            inner = [found for name, _, found in boxes(part, 8) if name != b"edts"]
+            part = box(b"trak", inner[0], edits, *inner[1:])
+        parts.append(part)
+    Path(path).write_bytes(data[:begin] + box(b"moov", *parts))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("open_gop", [0, 1])
+@pytest.mark.parametrize("seconds", [100, 0.5])
+@pytest.mark.parametrize(
+    ("edits", "trusted"),
+    [
+        ([(1500, 17)], True),
+        ([(500, 2), (1000, 29)], False),
+        ([(600, 2), (600, 19), (600, 35)], False),
+    ],
+)
+def test_edit_lists(codec, open_gop, seconds, edits, trusted, clips, sessions, tmp_path):
+    name = codec.removeprefix("lib") + "-params"
+    options = {name: f"{X264}:open-gop={open_gop}" + ":log-level=0" * (codec == "libx265")}
+    path = clips.write(tmp_path / "a.mp4", codec, options=options)
+    with av.open(str(path)) as container:
+        video = container.streams.video[0]
+        tick = int(1 / video.average_rate / video.time_base)
+    with_edit_list(path, [(length, frame * tick) for length, frame in edits])
+    chunks = probe_videos(path, chunk_seconds=seconds)
+    assert {chunk.exact for chunk in chunks} == {trusted}
+    frames, streams = frames_of(chunks)
+    clips.assert_same(frames, clips.reference(path))
+    assert {stream.decoder for stream in streams} == {"nvdec" if trusted else "pyav"}
 
 
 def test_nvdec_alone_does_not_fall_back(clips, sessions, tmp_path):
