@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,13 @@ def install_dashboard(scheduler: Scheduler, feed: Feed) -> None:
 
 
 def _bokeh_of(scheduler: Scheduler) -> BokehTornado | None:
-    try:
-        from bokeh.server.tornado import BokehTornado
-    except ImportError:
+    # Importing it takes a third of a second: whoever has a dashboard has done so already.
+    module = sys.modules.get("bokeh.server.tornado")
+    if module is None:
         return None
     # Dask lists plots of the first one only.
     for application in scheduler.http_application.applications:
-        if isinstance(application, BokehTornado):
+        if isinstance(application, module.BokehTornado):
             return application
     return None
 
