@@ -170,10 +170,9 @@ def decode(batch: dict[str, Any], *, size: tuple[int, int], batch_frames: int) -
     """
     import av
     import cv2
-    from av.video.reformatter import VideoReformatter
 
     from daskshare.kernels.preprocess import letterbox_host
-    from daskshare.video.decode import stream_conversion
+    from daskshare.video.decode import RgbConverter
 
     cv2.setNumThreads(1)
     for path in map(str, batch["item"]):
@@ -181,19 +180,10 @@ def decode(batch: dict[str, Any], *, size: tuple[int, int], batch_frames: int) -
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             source = stream.codec_context.height, stream.codec_context.width
-            reformatter, conversion = VideoReformatter(), stream_conversion(stream)
+            to_rgb = RgbConverter(stream, rotation=0)
             images, seconds, first = np.empty((batch_frames, *size, 3), np.uint8), [], 0
             for frame in container.decode(stream):
-                rgb = reformatter.reformat(
-                    frame,
-                    format="rgb24",
-                    src_colorspace=conversion.sws_colorspace,
-                    dst_colorspace=conversion.sws_colorspace,
-                    src_color_range=2 if conversion.full_range else 1,
-                    dst_color_range=2,
-                    threads=1,
-                )
-                letterbox_host(rgb.to_ndarray(), images[len(seconds)])
+                letterbox_host(to_rgb(frame), images[len(seconds)])
                 seconds.append(float(frame.time))
                 if len(seconds) == batch_frames:
                     yield image_rows(path, source, first, images, seconds)

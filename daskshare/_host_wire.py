@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 #: Raised when the frames or the operations change, so that two versions never misread each other.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_BODY_BYTES = 2 * 2**30
 MAX_SEGMENT_BYTES = 8 * 2**30

@@ -179,6 +179,11 @@ class SurfaceLetterbox:
             Device address of as many frames in a row, height x width x 3 bytes each, RGB, written
             completely.
 
+        Raises
+        ------
+        LaunchError
+            When the driver refuses.
+
         Notes
         -----
         The device must be current in the calling thread.

@@ -146,8 +146,7 @@ def _as_json(chunk: VideoChunk) -> dict[str, Any]:
 
 
 def _from_json(values: dict[str, Any]) -> VideoChunk:
-    # A host of an earlier version does not send all.
-    packed = {name: base64.b64decode(values.get(name, "")) for name in _PACKED}
+    packed = {name: base64.b64decode(values[name]) for name in _PACKED}
     return VideoChunk(**{**values, "time_base": Fraction(values["time_base"]), **packed})
 
 

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
     from daskshare.video.chunk import VideoChunk
 
-__all__ = ["FrameNumbers", "PyavFrames", "chunk_packets", "open_frames", "stream_conversion"]
+__all__ = [
+    "FrameNumbers",
+    "PyavFrames",
+    "RgbConverter",
+    "chunk_packets",
+    "open_frames",
+    "stream_conversion",
+]
 
 
 @contextmanager
@@ -164,7 +171,7 @@ class PyavFrames:
     def __iter__(self) -> Iterator[FrameBatch]:
         stream = video_stream(self._container, self._chunk)
         numbers = FrameNumbers(self._chunk)
-        convert = _RgbConverter(stream, self._chunk.rotation)
+        convert = RgbConverter(stream, self._chunk.rotation)
         batch = _Batch(self._batch_frames)
         for frame in _decode(self._container, stream, self._chunk, numbers):
             number = numbers.place(frame.pts)
@@ -295,8 +302,21 @@ def stream_conversion(stream: VideoStream) -> YuvConversion:
     )
 
 
-class _RgbConverter:
-    """Frames to upright RGB arrays; planar 4:2:0 exactly as the GPU's kernel does it."""
+class RgbConverter:
+    """Frames to upright RGB arrays; planar 4:2:0 exactly as the GPU's kernel does it.
+
+    Parameters
+    ----------
+    stream : av.video.stream.VideoStream
+        Whose headers say which colours its frames have.
+    rotation : int
+        Degrees counter-clockwise, a multiple of 90.
+
+    Notes
+    -----
+    Called with a frame, gives its pixels, uint8 (height, width, 3), which may be overwritten by the
+    next call. For one thread, in a worker's process.
+    """
 
     def __init__(self, stream: VideoStream, rotation: int) -> None:
         from av.video.reformatter import VideoReformatter

@@ -303,9 +303,9 @@ class NvdecFrames:
         prefix = to_start_codes.parameter_sets if to_start_codes else b""
         piece: list[tuple[bytes | memoryview, int]] = []
         keyframe: int | None = None
+        alone = False
         for data, time in self._packets(stream):
             keyframe = time if keyframe is None else keyframe
-            leading = time < origin
             if time < keyframe and self._chunk.codec == "hevc":
                 # NVDEC's parser drops HEVC's leading pictures where decoding begins, as the
                 # standard says, but gives their times to the pictures that follow.
@@ -316,14 +316,11 @@ class NvdecFrames:
                 data, prefix = prefix + bytes(data), b""
             # H.264's leading pictures may be shown or not, and those of the next chunk may come out
             # of the decoder when that is decoded.
-            alone = leading or time > end
-            if piece and (alone or len(piece) == most):
+            alone, before = time < origin or time > end, alone
+            if piece and (alone or before or len(piece) == most):
                 yield piece
                 piece = []
             piece.append((data, time))
-            if alone:
-                yield piece
-                piece = []
         if piece:
             yield piece
 

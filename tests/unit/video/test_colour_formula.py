@@ -12,7 +12,7 @@ from daskshare.kernels.colour import (
     yuv420_to_rgb,
     yuv_conversion,
 )
-from daskshare.video.decode import _RgbConverter
+from daskshare.video.decode import RgbConverter
 
 MATRICES = {"bt709": 1, "fcc": 4, "bt470bg": 5, "smpte170m": 6, "smpte240m": 7, "bt2020": 9}
 SIZES = [(64, 48), (66, 50), (2, 2), (642, 362), (65, 48), (64, 47), (63, 47), (1, 1)]
@@ -48,7 +48,7 @@ class FakeStream:
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le"])
 def test_decoder_equals_the_formula(pixel_format, width, height, full_range, matrix):
     frame, samples = random_frame(pixel_format, width, height)
-    got = _RgbConverter(FakeStream(frame, matrix, full_range), 0)(frame)
+    got = RgbConverter(FakeStream(frame, matrix, full_range), 0)(frame)
     if "10" in pixel_format:
         samples = [to_eight_bits(plane, 10) for plane in samples]
     conversion = yuv_conversion(matrix, full_range=full_range)
@@ -57,7 +57,7 @@ def test_decoder_equals_the_formula(pixel_format, width, height, full_range, mat
 
 def test_jpeg_format_means_the_full_range():
     frame, samples = random_frame("yuvj420p", 64, 48)
-    got = _RgbConverter(FakeStream(frame, 5, False), 0)(frame)
+    got = RgbConverter(FakeStream(frame, 5, False), 0)(frame)
     np.testing.assert_array_equal(got, yuv420_to_rgb(*samples, yuv_conversion(5, full_range=True)))
 
 
