@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from daskshare._engine_activity import DeviceActivity, Switch
 from daskshare._engine_stats import EngineStats, Tally
+from daskshare._host_rows import join_rows, split_rows
 from daskshare._host_values import BytesRows
 from daskshare.config import EngineOptions
 from daskshare.errors import EngineClosedError, InvalidInputError, ModelLoadError
@@ -155,6 +157,8 @@ class _Call:
     rows: int
     group: Hashable
     arrived_seconds: float
+    #: Of one that is divided; what goes wrong with a part is not yet the caller's error.
+    is_part: bool = False
     done: Future[Any] = field(default_factory=Future)
 
 
@@ -173,7 +177,8 @@ class PredictEngine:
     concurrent_calls : int
         Threads that call ``predict``.
     share_cores : bool
-        Whether several threads divide torch's threads among them, instead of taking all each.
+        Whether several threads divide among them what one would use: torch's threads, and the rows
+        of a call, so that all their intermediate results are no larger than one call's.
     activity : DeviceActivity, optional
         Where to count the time in which ``predict`` runs.
 
@@ -199,7 +204,10 @@ class PredictEngine:
         self._busy = Switch(activity, "busy")
         self._num_running = 0
         self._predict = predict
+        divided = share_cores and concurrent_calls > 1
         self._max_batch_size = max_batch_size
+        self._max_call_rows = -(-max_batch_size // concurrent_calls) if divided else max_batch_size
+        self._divides = divided
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._waiting: deque[_Call] = deque()
@@ -210,7 +218,6 @@ class PredictEngine:
             threading.Thread(target=self._run, name=f"daskshare-engine-{name}{suffix}", daemon=True)
             for suffix in suffixes
         ]
-        divided = share_cores and concurrent_calls > 1
         with _torch_threads(concurrent_calls) if divided else contextlib.nullcontext() as begin:
             self._begin = begin
             for thread in self._threads:
@@ -254,12 +261,40 @@ class PredictEngine:
             )
         group = tuple((array.dtype.str, array.shape[1:]) for array in arrays)
         call = _Call(arrays, lengths[0], group, time.monotonic())
+        if self._divides and call.rows > self._max_call_rows:
+            result = self._in_parts(call)
+            if result is not None:
+                return result
+        self._submit([call])
+        return call.done.result()
+
+    def _submit(self, calls: Sequence[_Call]) -> None:
         with self._lock:
             if self._closing:
                 raise self._closed()
-            self._waiting.append(call)
-            self._work.notify()
-        return call.done.result()
+            self._waiting.extend(calls)
+            self._work.notify(len(calls))
+
+    def _in_parts(self, call: _Call) -> Any | None:
+        """Run a caller's rows as several calls; None when they must be run as one."""
+        count = -(-call.rows // self._max_call_rows)
+        stops = [call.rows * i // count for i in range(count + 1)]
+        parts = [
+            _Call(
+                tuple(array[start:stop] for array in call.inputs),
+                stop - start,
+                call.group,
+                call.arrived_seconds,
+                is_part=True,
+            )
+            for start, stop in itertools.pairwise(stops)
+        ]
+        self._submit(parts)
+        # All of them, because they look into the caller's memory.
+        wait([part.done for part in parts])
+        if any(part.done.exception() is not None for part in parts):
+            return None
+        return join_rows([part.done.result() for part in parts], [part.rows for part in parts])
 
     def stats(self) -> EngineStats:
         """Say what was done so far; ``frames`` are rows."""
@@ -325,7 +360,7 @@ class PredictEngine:
             calls, rows = [first], first.rows
             others: deque[_Call] = deque()
             for call in self._waiting:
-                if call.group == first.group and rows + call.rows <= self._max_batch_size:
+                if call.group == first.group and rows + call.rows <= self._max_call_rows:
                     calls.append(call)
                     rows += call.rows
                 else:
@@ -340,7 +375,7 @@ class PredictEngine:
         try:
             columns = zip(*(call.inputs for call in calls), strict=True)
             result = self._predict(*(np.concatenate(column) for column in columns))
-            parts = _split(result, rows)
+            parts = split_rows(result, rows)
         except BaseException:
             # Whose rows it was shows when each runs alone; that caller gets the error.
             return False
@@ -358,7 +393,7 @@ class PredictEngine:
             result = self._predict(*(np.array(array) for array in call.inputs))
         except BaseException as error:
             with self._lock:
-                self._tally.errors += 1
+                self._tally.errors += not call.is_part
             call.done.set_exception(error)
             return
         self._count(call.rows, started)
@@ -392,26 +427,3 @@ def _torch_threads(parts: int) -> Iterator[Callable[[], None]]:
             ready.wait()
         finally:
             torch.set_num_threads(before)
-
-
-def _split(result: Any, rows: Sequence[int]) -> list[Any] | None:
-    """Each caller's part of a result; None when it has no row for each row."""
-    stops = np.cumsum(rows).tolist()
-    starts = [0, *stops[:-1]]
-    total = stops[-1]
-
-    def has_rows(value: Any) -> bool:
-        if isinstance(value, np.ndarray):
-            return value.ndim > 0 and len(value) == total
-        return isinstance(value, list) and len(value) == total
-
-    if isinstance(result, dict):
-        if not result or not all(has_rows(value) for value in result.values()):
-            return None
-        return [
-            {name: value[a:b] for name, value in result.items()}
-            for a, b in zip(starts, stops, strict=True)
-        ]
-    if not has_rows(result):
-        return None
-    return [result[a:b] for a, b in zip(starts, stops, strict=True)]

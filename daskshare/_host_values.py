@@ -110,7 +110,7 @@ class BytesRows:
             raise ValueError(f"{lengths.size} rows of bytes for an array of shape {shape}")
         self.shape = shape
         self.ndim = len(shape)
-        self._missing = (lengths < 0).tolist()
+        self._lengths = lengths
         self._stops = np.cumsum(np.maximum(lengths, 0)).tolist()
         if len(memory) != (self._stops[-1] if self._stops else 0):
             raise ValueError(f"rows of {self._stops[-1:]} bytes in {len(memory)}")
@@ -119,12 +119,23 @@ class BytesRows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __getitem__(self, rows: slice) -> BytesRows:
+        """Rows that follow each other, still in the same memory."""
+        start, stop, _ = rows.indices(len(self))
+        width = math.prod(self.shape[1:])
+        ends = [0, *self._stops]
+        return BytesRows(
+            (stop - start, *self.shape[1:]),
+            self._lengths[start * width : stop * width],
+            self._memory[ends[start * width] : ends[stop * width]],
+        )
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         starts = [0, *self._stops[:-1]]
-        rows = zip(starts, self._stops, self._missing, strict=False)
-        return _as_objects([None if no else bytes(self._memory[a:b]) for a, b, no in rows]).reshape(
-            self.shape
-        )
+        rows = zip(starts, self._stops, self._lengths.tolist(), strict=False)
+        return _as_objects(
+            [None if length < 0 else bytes(self._memory[a:b]) for a, b, length in rows]
+        ).reshape(self.shape)
 
 
 def encode(value: Any) -> Encoded:

@@ -96,6 +96,20 @@ def test_rows_of_bytes_can_be_made_later_and_anew_each_time():
     assert np.concatenate([late, late]).tolist() == rows.tolist() * 2
 
 
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 3), slice(2, 9), slice(0, 0), slice(1, 2)])
+@pytest.mark.parametrize("shape", [(3,), (3, 2)])
+def test_some_of_the_rows_of_bytes_stay_where_they_are(shape, rows):
+    texts = np.array([b"ab", None, b"", b"c" * 70, b"d", b"efg"], object)
+    whole = texts[: np.prod(shape)].reshape(shape)
+    encoded = encode(whole)
+    memory = bytearray(encoded.num_bytes)
+    encoded.write(memoryview(memory))
+    late = decode(encoded.tree, memoryview(memory), late=True)
+    assert isinstance(late[rows], BytesRows)
+    assert np.asarray(late[rows]).tolist() == whole[rows].tolist()
+    assert np.asarray(late[rows][0:1]).tolist() == whole[rows][0:1].tolist()
+
+
 def test_ragged_arrays_stay_arrays_in_an_object_array():
     ragged = np.empty(2, object)
     ragged[0], ragged[1] = np.arange(3.0), np.arange(2.0)
