@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,6 @@ __all__ = ["PredictEngine", "PredictProgram", "PredictSpec"]
 
 # A process has one working directory, and loaders may look for files in their caller's.
 _directory_lock = threading.Lock()
-# As is torch's number of threads for those to come.
-_torch_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,8 +216,13 @@ class PredictEngine:
             threading.Thread(target=self._run, name=f"daskshare-engine-{name}{suffix}", daemon=True)
             for suffix in suffixes
         ]
-        with _torch_threads(concurrent_calls) if divided else contextlib.nullcontext() as begin:
-            self._begin = begin
+        self._begin: Callable[[], None] | None = None
+        if divided:
+            # Only those that divide cores need torch for it.
+            from daskshare._torch_threads import divided_torch_threads
+
+            starting = divided_torch_threads(concurrent_calls)
+        with starting if divided else contextlib.nullcontext() as self._begin:
             for thread in self._threads:
                 thread.start()
 
@@ -402,28 +405,3 @@ class PredictEngine:
     def _count(self, rows: int, started: float) -> None:
         with self._lock:
             self._tally.add(rows, rows, started, time.monotonic())
-
-
-@contextlib.contextmanager
-def _torch_threads(parts: int) -> Iterator[Callable[[], None]]:
-    """Divide torch's threads; yields what each of so many new threads calls first.
-
-    torch gives a new thread the number that was set last in any, so it is set back at the end.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    ready = threading.Barrier(parts + 1)
-
-    def begin() -> None:
-        # A thread's first look takes that number over, and must not come later.
-        torch.get_num_threads()
-        torch.set_num_threads(max(1, before // parts))
-        ready.wait()
-
-    with _torch_lock:
-        try:
-            yield begin
-            ready.wait()
-        finally:
-            torch.set_num_threads(before)

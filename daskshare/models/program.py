@@ -19,6 +19,7 @@ from daskshare.kernels.preprocess import (
     letterbox_kernel,
 )
 from daskshare.models.fetch import cache_directory
+from daskshare.models.lanes import RowLanes
 from daskshare.models.network import Candidates, YoloNetwork, compile_network
 from daskshare.models.nms import greedy_nms_host
 from daskshare.models.spec import Detections, Prepared
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 #: Most objects of a frame, those of highest confidence.
 MAX_DETECTIONS = 300
+
+#: Intermediate results that threads of a CPU may hold together; a worker keeps as much memory.
+_LANES_BYTES = 2**26
 
 _EXPECTED = (
     "expected a uint8 RGB array of shape (frames, height, width, 3) with at least one frame, in "
@@ -120,6 +124,7 @@ class YoloV3Program:
             torch.cuda.current_stream(device).synchronize()
         else:
             self._network.pack_convolutions(self.max_batch_size)
+            self._lanes = RowLanes(_most_lanes(network))
 
     def prepare(self, inputs: Any) -> Prepared:
         """Letterbox frames to the network's input.
@@ -222,6 +227,12 @@ class YoloV3Program:
         -----
         Runs in the engine's thread; on a GPU it can be captured in a CUDA graph.
         """
+        if self._cuda:
+            return self._forward(batch)
+        return self._lanes.run(self._forward, batch)
+
+    @torch.inference_mode()
+    def _forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return self._suppress(*self._network(batch))
 
     def _suppress(
@@ -344,6 +355,13 @@ class YoloV3Program:
         suppressed["boxes"] = np.take_along_axis(outputs["boxes"], rows[..., None], axis=1)
         suppressed["count"] = np.array([len(kept) for kept in kept_rows])
         return suppressed
+
+
+def _most_lanes(network: YoloNetwork) -> int:
+    """Frames that may be computed at once, with the input and the output of a layer each."""
+    layers = network.plan.layers
+    values = max(layer.channels * layer.height * layer.width for layer in layers)
+    return max(1, _LANES_BYTES // (2 * values * network.dtype.itemsize))
 
 
 def _doubling(maximum: int) -> tuple[int, ...]:

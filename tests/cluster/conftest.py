@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from pathlib import Path
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny, Status
 
 import daskshare
 
@@ -16,8 +18,35 @@ TIMEOUT = 60
 TASK_THREADS = 4
 
 
+class WholeCluster(LocalCluster):
+    """Closes only when no worker that was killed is on its way back.
+
+    A nanny that is told to close while it starts a worker waits for that one without a bound.
+    """
+
+    def close(self, timeout=None):
+        if not self.asynchronous and self.status is Status.running:
+            deadline = time.monotonic() + TIMEOUT
+            while restarting := [n for n in self.workers.values() if _is_restarting(n)]:
+                assert time.monotonic() < deadline, f"workers that do not come back: {restarting}"
+                self.sync(_one_step)
+        return super().close(timeout)
+
+
+def _is_restarting(nanny):
+    if not isinstance(nanny, Nanny) or nanny.status is not Status.running:
+        return False
+    process = nanny.process
+    return process is None or process.status is not Status.running or not nanny.is_alive()
+
+
+async def _one_step():
+    """Let the cluster's event loop go on, as its nannies poll there."""
+    await asyncio.sleep(0.02)
+
+
 def start(**options) -> LocalCluster:
-    return LocalCluster(
+    return WholeCluster(
         **{
             "n_workers": 1,
             "threads_per_worker": TASK_THREADS,

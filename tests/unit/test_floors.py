@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 
 #: From the ground up. Modules of one floor may import each other, but not in a circle.
 FLOORS: list[list[str]] = [
-    ["errors", "html_repr", "sizeof", "_malloc"],
+    ["errors", "html_repr", "sizeof", "_malloc", "_torch_threads"],
     ["config", "option_names"],
     ["batching", "placement", "_placement_*", "chunking", "timesplit"],
     ["device", "_device_*"],

@@ -196,6 +196,22 @@ def test_callers_in_many_threads(load):
         assert_same(result, expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_divided_among_threads_give_the_same(load, count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        program = load()
+        assert program._lanes._most >= 4
+        items = torch.from_numpy(program.prepare(images(*[(70, 50)] * count)).items)
+        divided, whole = program.forward(items), program._forward(items)
+        assert int(whole["count"].sum()) > 0
+        for name, values in whole.items():
+            torch.testing.assert_close(divided[name], values, msg=name)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_frames_that_a_decoder_letterboxed_map_back_to_its_frames(load):
     program = load()
     (frame,) = images((100, 80))
