@@ -111,8 +111,6 @@ class CudaRunner:
         Whether to capture ``program.forward`` where it allows that.
     """
 
-    stages = True
-
     def __init__(
         self, program: Program, device: Device, *, slots: int, max_rows: int, cuda_graphs: bool
     ) -> None:

@@ -82,8 +82,6 @@ class Runner(Protocol):
     """What the engine needs of a device."""
 
     forwards: Forwards
-    #: Whether host items are staged in page-locked memory.
-    stages: bool
     #: Why no CUDA graph is used although asked for; "" otherwise.
     graph_error: str
 
@@ -153,7 +151,6 @@ class CpuRunner:
         Batches between launch and delivery at once.
     """
 
-    stages = False
     graph_error = ""
     num_graphs = 0
 

@@ -53,7 +53,8 @@ class PredictSpec:
     directory : str
         Working directory while loading; "": the process's own.
     concurrent_calls : int
-        Calls of ``predict`` that may run at once, in threads of one process.
+        Calls of ``predict`` that may run at once, in threads of one process. On a CPU they divide
+        the rows of a call among them.
     """
 
     name: str

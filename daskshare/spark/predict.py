@@ -59,8 +59,8 @@ def predict_batch_udf(
         Calls of ``predict`` that may run at once on a device, in threads of one process. One, as in
         a Python worker of Spark, unless ``predict`` is known to be thread-safe: it must then write
         to nothing that calls share, which the forward pass of a network in evaluation mode does
-        not. Without a GPU, as many as the machine has cores is fastest: torch's threads are divided
-        among the calls.
+        not. Without a GPU, as many as the machine has cores is fastest: torch's threads and the
+        ``batch_size`` rows are divided among the calls, so that memory stays that of one.
 
     Returns
     -------
