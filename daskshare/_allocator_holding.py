@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Status
 
 from daskshare._allocator_recognise import known_frames
-from daskshare._placement_books import Task
+from daskshare._placement_tasks import Task
 
 if TYPE_CHECKING:
     from dask.typing import Key
