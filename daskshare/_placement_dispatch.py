@@ -53,9 +53,11 @@ class Dispatcher(Books):
         heapq.heapify(contest)
         while contest:
             seconds, index, worker = contest[0]
-            if len(worker.ready) == 1 and self._book_alike(contest, now_seconds, out):
-                heapq.heapreplace(contest, (self._soonest_seconds(worker), index, worker))
-                continue
+            if len(worker.ready) == 1:
+                booked = self._book_alike(contest, now_seconds, out)
+                if booked and len(contest) > 1:
+                    heapq.heapreplace(contest, (self._soonest_seconds(worker), index, worker))
+                    continue
             choice = self._choose(worker) if worker.is_open else None
             if choice is None:
                 heapq.heappop(contest)
@@ -85,6 +87,8 @@ class Dispatcher(Books):
         queue = model.unrestricted
         if queue.num_waiting != model.waiting_unknown or len(model.queues) > 1 or queue.homes:
             return False
+        # None offers itself meanwhile.
+        offered = [group for group in model.classes.values() if group.heap]
         alone = len(contest) == 1
         turn = (seconds, index)
         before = len(out)
@@ -92,7 +96,7 @@ class Dispatcher(Books):
             task = queue.head()
             if task is None or task.dependencies:
                 break
-            if not self._worthwhile(task, replica) or self._has_rival(replica):
+            if not self._worthwhile(task, replica) or (offered and self._has_rival(replica)):
                 break
             self._book(task, replica, now_seconds, out, _SLOT_CAME_FREE)
             if not alone:

@@ -137,7 +137,7 @@ class Allocator:
                 self._register(model_key, handle)
                 registered = handle
             task = held[key] = HeldTask(ts, model_key)
-            if task.may_change:
+            if task.restricted and task.may_change:
                 self._changing.add(key)
             # One that is released will be held when it comes to wait.
             if ts.state in ("waiting", "queued", "no-worker"):
@@ -353,24 +353,23 @@ class Allocator:
         scheduler, held, tasks = self._scheduler, self._held, self._scheduler.tasks
         only = self._only
         stimulus = _stimulus("decide")
-        sent: list[TaskState] = []
+        sent: dict[Key, TaskState] = {}
         failed: list[Fail] = []
         for decision in decisions:
             if isinstance(decision, Dispatch):
                 task, worker = held[decision.task], decision.worker
-                ts = tasks[task.key]
+                ts = sent[task.key] = tasks[task.key]
                 task.send(ts, worker, only[worker])
-                sent.append(ts)
             elif isinstance(decision, Fail):
                 failed.append(decision)
             else:
                 self.loader.carry_out(decision)
         if sent:
             # Dask takes recommendations from the end.
-            scheduler.transitions({ts.key: "processing" for ts in reversed(sent)}, stimulus)
-            for ts in sent:
+            scheduler.transitions(dict.fromkeys(reversed(sent), "processing"), stimulus)
+            for key, ts in sent.items():
                 if ts.state == "no-worker":
-                    self._refused(held[ts.key], ts)
+                    self._refused(held[key], ts)
         # Last, because Dask drops what only a failed task's successors wanted.
         for fail in failed:
             self._fail(fail, stimulus)
