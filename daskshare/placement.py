@@ -6,7 +6,7 @@ Pure: no clock, no threads, no torch, no Dask. docs/placement.md explains the po
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from daskshare._placement_check import explain, problems, snapshot
@@ -117,12 +117,12 @@ class GpuPool(WorkerEvents):
             )
         self._take_in((task,), model_key, signature, now_seconds)
 
-    def add_tasks(self, tasks: Collection[Task], model_key: str, *, now_seconds: float) -> None:
+    def add_tasks(self, tasks: Sequence[Task], model_key: str, *, now_seconds: float) -> None:
         """Take in many tasks at once that are ready to run anywhere, in their order.
 
         Parameters
         ----------
-        tasks : collection of Task
+        tasks : sequence of Task
             Each with its own priority, frames and dependencies, as :meth:`add_task` has them.
         model_key : str
             The registered model that all of them need.
@@ -137,29 +137,29 @@ class GpuPool(WorkerEvents):
         self._take_in(tasks, model_key, UNRESTRICTED, now_seconds)
 
     def _take_in(
-        self, tasks: Collection[Task], model_key: str, signature: Signature, now_seconds: float
+        self, tasks: Sequence[Task], model_key: str, signature: Signature, now_seconds: float
     ) -> None:
-        known = self._books.tasks
-        new = {task.key: task for task in tasks}
-        if len(new) < len(tasks) or not known.keys().isdisjoint(new):
-            key = next(t.key for t in tasks if t.key in known or new[t.key] is not t)
-            raise InvalidInputError(
-                f"Got task {key!r}, which is in the pool; expected a key that is not. Forget or "
-                "lose the task first."
-            )
-        sized = [(task, task.frames) for task in tasks if task.frames is not None]
-        for task, frames in sized:
-            if not 0 <= frames < math.inf:
-                raise InvalidInputError(
-                    f"Got task {task.key!r} of {frames} frames; expected a number >= 0 or None."
-                )
         model = self._resolve(self._model(model_key))
+        known = self._books.tasks
+        sized = False
+        for number, task in enumerate(tasks):
+            frames = task.frames
+            if task.key in known or (frames is not None and not 0 <= frames < math.inf):
+                for other in tasks[:number]:
+                    del known[other.key]
+                raise InvalidInputError(
+                    f"Got task {task.key!r} of {frames} frames; expected a key that is not in the "
+                    "pool and a number of frames >= 0 or None. Forget or lose the task first."
+                )
+            known[task.key] = task
+            sized = sized or frames is not None
         self._at(now_seconds)
-        for task, frames in sized:
-            task.frames = frames = max(1.0, float(frames))
-            model.frames_count = min(model.frames_count + 1, 1000)
-            model.frames_mean += (frames - model.frames_mean) / model.frames_count
-        known.update(new)
+        if sized:
+            for task in tasks:
+                if task.frames is not None:
+                    task.frames = frames = max(1.0, float(task.frames))
+                    model.frames_count = min(model.frames_count + 1, 1000)
+                    model.frames_mean += (frames - model.frames_mean) / model.frames_count
         idle = not model.num_waiting
         self._books.enqueue(tasks, model, signature)
         if now_seconds < model.failed_until_seconds and not model.replicas:
@@ -205,11 +205,14 @@ class GpuPool(WorkerEvents):
         """
         books = self._books
         pop = books.tasks.pop
-        tasks = [task for key in keys if (task := pop(key, None)) is not None]
-        if not tasks:
-            return 0
-        now = self._at(now_seconds)
-        for task in tasks:
+        num_known, now = 0, now_seconds
+        for key in keys:
+            task = pop(key, None)
+            if task is None:
+                continue
+            if not num_known:
+                now = self._at(now_seconds)
+            num_known += 1
             if task.replica is None:
                 books.dequeue(task)
             else:
@@ -217,7 +220,7 @@ class GpuPool(WorkerEvents):
                     books.observe(task, now)
                 books.release(task, now)
             task.dependencies = None
-        return len(tasks)
+        return num_known
 
     def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
         """Take a task out, wherever it is: cancelled, released.
