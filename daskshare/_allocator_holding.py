@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import Status
 
 from daskshare._allocator_recognise import known_frames
-from daskshare._placement_books import Task
+from daskshare._placement_tasks import Task
 
 if TYPE_CHECKING:
     from dask.typing import Key
@@ -43,6 +43,8 @@ class HeldTask(Task):
     ----------
     frames : float or None
         Of the video that it was given.
+    restricted : bool
+        Whether the user said where it may run.
     worker : str or None
         Address to which it was sent, while it is processing there.
     alone : bool
@@ -56,6 +58,7 @@ class HeldTask(Task):
         "alone",
         "deaths",
         "model_key",
+        "restricted",
         "suspicious",
         "worker",
     )
@@ -72,16 +75,12 @@ class HeldTask(Task):
         self._workers: set[str] | None = ts.worker_restrictions or None
         self._hosts: set[str] | None = ts.host_restrictions or None
         self._loose: bool = ts.loose_restrictions
-
-    @property
-    def restricted(self) -> bool:
-        """Whether the user said where it may run."""
-        return self._workers is not None or self._hosts is not None
+        self.restricted = self._workers is not None or self._hosts is not None
 
     @property
     def may_change(self) -> bool:
         """Whether it depends on who is in the cluster where the user lets it run."""
-        return self._hosts is not None or (self._loose and self._workers is not None)
+        return self._hosts is not None or (self._loose and self.restricted)
 
     def hold(self, ts: TaskState) -> None:
         """Make Dask park the task as soon as its dependencies are there."""

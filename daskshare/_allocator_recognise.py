@@ -199,6 +199,12 @@ def annotated_model(value: Any) -> tuple[str | None, Any | None]:
     return None, None
 
 
+# Asking a class for an attribute that it lacks is slow. Bounded: classes of notebooks come and go.
+@functools.lru_cache(maxsize=256)
+def _counts_frames(cls: type) -> bool:
+    return hasattr(cls, "num_frames")
+
+
 def known_frames(run_spec: Any) -> float | None:
     """Frames of the video that a task was given; None when it has none, or they are not known.
 
@@ -209,7 +215,8 @@ def known_frames(run_spec: Any) -> float | None:
         return None
     found = 0.0
     for argument in run_spec.args:
-        if type(argument) not in _FRAMELESS and hasattr(type(argument), "num_frames"):
+        cls = type(argument)
+        if cls not in _FRAMELESS and _counts_frames(cls):  # type: ignore[arg-type]
             frames = argument.num_frames
             if isinstance(frames, Real) and 0 < float(frames) < math.inf:
                 found += float(frames)

@@ -6,9 +6,10 @@ import heapq
 import math
 from collections.abc import Sequence
 
-from daskshare._placement_books import ANYWHERE, Model, Replica, Worker
+from daskshare._placement_books import Model, Replica, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
+from daskshare._placement_tasks import ANYWHERE
 
 __all__ = ["Backlog"]
 

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from daskshare._placement_books import Device, Model, Task, Worker
+from daskshare._placement_books import Device, Model, Worker
 from daskshare._placement_dispatch import Dispatcher
+from daskshare._placement_tasks import Task
 
 __all__ = ["explain", "problems", "snapshot"]
 

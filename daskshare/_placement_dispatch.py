@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import heapq
+from functools import partial
 
-from daskshare._placement_books import (
-    ANYWHERE,
-    Model,
-    Replica,
-    Task,
-    Worker,
-)
+from daskshare._placement_books import Model, Replica, Worker
 from daskshare._placement_queues import Books
+from daskshare._placement_tasks import ANYWHERE, UNRESTRICTED, Task
 from daskshare._placement_types import Dispatch
 
 __all__ = ["Dispatcher"]
+
+_SLOT_CAME_FREE = "a slot came free there"
+
+# One is made for each task; a named tuple's own constructor takes more than twice as long.
+_make_dispatch = partial(tuple.__new__, Dispatch)
 
 
 class Dispatcher(Books):
@@ -52,6 +53,11 @@ class Dispatcher(Books):
         heapq.heapify(contest)
         while contest:
             seconds, index, worker = contest[0]
+            if len(worker.ready) == 1:
+                booked = self._book_alike(contest, now_seconds, out)
+                if booked and len(contest) > 1:
+                    heapq.heapreplace(contest, (self._soonest_seconds(worker), index, worker))
+                    continue
             choice = self._choose(worker) if worker.is_open else None
             if choice is None:
                 heapq.heappop(contest)
@@ -64,8 +70,47 @@ class Dispatcher(Books):
                 heapq.heapreplace(contest, (finish_seconds, index, worker))
                 if contest[0][2] is not worker:
                     continue
-            self._book(task, replica, now_seconds, out, "a slot came free there")
+            self._book(task, replica, now_seconds, out, _SLOT_CAME_FREE)
             heapq.heapreplace(contest, (self._soonest_seconds(worker), index, worker))
+
+    def _book_alike(
+        self, contest: list[tuple[float, int, Worker]], now_seconds: float, out: list[Dispatch]
+    ) -> bool:
+        """Give the first worker its next tasks until it is another's turn; False: none.
+
+        What choosing each of them comes to where there is little to choose: the worker has one
+        model, whose tasks are alike.
+        """
+        seconds, index, worker = contest[0]
+        replica = worker.ready[0]
+        model = replica.model
+        queue = model.unrestricted
+        if queue.num_waiting != model.waiting_unknown or len(model.queues) > 1 or queue.homes:
+            return False
+        # None offers itself meanwhile.
+        offered = [group for group in model.classes.values() if group.heap]
+        alone = len(contest) == 1
+        turn = (seconds, index)
+        before = len(out)
+        while worker.is_open and (alone or (self._soonest_seconds(worker), index) <= turn):
+            task = queue.head()
+            if task is None or task.dependencies:
+                break
+            if not self._worthwhile(task, replica) or (offered and self._has_rival(replica)):
+                break
+            self._book(task, replica, now_seconds, out, _SLOT_CAME_FREE)
+            if not alone:
+                turn = min(contest[1:3])[:2]
+        return len(out) > before
+
+    def _has_rival(self, replica: Replica) -> bool:
+        """Whether another worker with a free slot may be a better one for a task."""
+        for group in replica.model.classes.values():
+            if group.heap and self._least_loaded(group) is not None:
+                for _, _, other in group.heap:
+                    if other is not replica:
+                        return True
+        return False
 
     def _soonest_seconds(self, worker: Worker) -> float:
         """Before which nothing that the worker gets next can end; where tasks are alike, when."""
@@ -295,10 +340,10 @@ class Dispatcher(Books):
         worker.outstanding_seconds += seconds
         device.outstanding_seconds += seconds
         signature = task.queue.signature
-        if signature.alone:
-            worker.held_for = task
-        if signature.resources:
+        if signature is not UNRESTRICTED:
             worker.reserve(signature.resources, 1)
+            if signature.alone:
+                worker.held_for = task
         replica.in_flight += 1
         replica.last_used_seconds = now_seconds
         model.in_flight += 1
@@ -310,14 +355,16 @@ class Dispatcher(Books):
         replica.turn = worker.turn + turn
         model.turn += turn
         self.num_dispatched += 1
-        decision = Dispatch(
-            task.key,
-            worker.address,
-            model.key,
-            why,
-            worker.load_seconds,
-            replica.rate,
-            len(worker.in_flight),
+        decision = _make_dispatch(
+            (
+                task.key,
+                worker.address,
+                model.key,
+                why,
+                worker.load_seconds,
+                replica.rate,
+                len(worker.in_flight),
+            )
         )
         task.decision = decision
         out.append(decision)
@@ -336,16 +383,16 @@ class Dispatcher(Books):
             if not any(w.in_flight for w in device.workers.values()):
                 device.outstanding_seconds = 0.0
         signature = task.queue.signature
-        if signature.resources:
+        if signature is not UNRESTRICTED:
             worker.reserve(signature.resources, -1)
-        if signature.alone:
-            self._let_go(task)
+            if signature.alone:
+                self._let_go(task)
         replica.in_flight -= 1
         replica.last_used_seconds = now_seconds
         task.model.in_flight -= 1
         task.replica = None
         task.decision = None
-        task.seconds = 0.0
         if replica.state == "draining" and not replica.in_flight:
             self.drained.append(replica)
-        self.open(worker)
+        if not worker.opened:
+            self.open(worker)

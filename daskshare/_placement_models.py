@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from daskshare._placement_books import Device, Model, Replica, Task, Worker
+from daskshare._placement_books import Device, Model, Replica, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_plan import Planner
 from daskshare._placement_room import Rooms
+from daskshare._placement_tasks import Task
 from daskshare._placement_types import PlacementOptions
 from daskshare.errors import InvalidInputError
 
@@ -343,5 +344,5 @@ class ModelEvents:
         return model
 
     def _requeue(self, task: Task) -> None:
-        task.model = self._resolve(task.model)
-        self._books.enqueue(task, task.queue.signature, again=True)
+        model = self._resolve(task.model)
+        self._books.enqueue((task,), model, task.queue.signature, again=True)

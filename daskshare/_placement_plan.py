@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 from daskshare._placement_backlog import Backlog
-from daskshare._placement_books import Model, Queue, Task, Worker
+from daskshare._placement_books import Model, Worker
 from daskshare._placement_dispatch import Dispatcher
 from daskshare._placement_room import Rooms
+from daskshare._placement_tasks import Queue, Task
 from daskshare._placement_types import Fail
 
 __all__ = ["Planner"]
@@ -180,11 +181,11 @@ class Planner:
         if not old.redirect:
             return
         for queue in list(old.queues.values()):
-            for task in sorted(queue.tasks(), key=lambda t: (t.priority, t.sequence)):
-                signature = queue.signature
+            tasks = sorted(queue.tasks(), key=lambda t: (t.priority, t.sequence))
+            for task in tasks:
                 self.books.dequeue(task)
-                task.model = new
-                self.books.enqueue(task, signature)
+            if tasks:
+                self.books.enqueue(tasks, new, queue.signature)
 
     # -- failures --
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from itertools import count
 
-from daskshare._placement_books import (
-    ANYWHERE,
-    UNRESTRICTED,
-    Device,
-    Model,
-    Queue,
-    Replica,
-    Signature,
-    SpeedClass,
-    Task,
-    Worker,
-)
+from daskshare._placement_books import Device, Model, Replica, SpeedClass, Worker
 from daskshare._placement_speed import Speeds, speed_class
+from daskshare._placement_tasks import ANYWHERE, UNRESTRICTED, Queue, Signature, Task
 from daskshare._placement_types import PlacementOptions
 
 __all__ = ["Books"]
@@ -59,9 +49,10 @@ class Books:
 
     # -- waiting tasks --
 
-    def enqueue(self, task: Task, signature: Signature, *, again: bool = False) -> None:
-        """Let a task wait; one that was lost goes before others of its priority."""
-        model = task.model
+    def enqueue(
+        self, tasks: Collection[Task], model: Model, signature: Signature, *, again: bool = False
+    ) -> None:
+        """Let tasks wait that ask for the same; lost ones go before others of their priority."""
         queue = model.unrestricted if signature is UNRESTRICTED else model.queues.get(signature)
         if queue is None:
             queue = model.queues[signature] = Queue(model, signature)
@@ -70,16 +61,19 @@ class Books:
             else:
                 for address in sorted(signature.addresses or {ANYWHERE}):
                     model.queues_by_worker.setdefault(address, {})[queue] = None
-        task.queue = queue
         if not model.num_waiting:
             # Time that it had nothing to do gives no right to catch up.
             model.turn = max(model.turn, self._virtual_turn)
-        queue.push(task, next(self._urgent_sequence if again else self._sequence), self._home(task))
-        model.num_waiting += 1
-        if task.frames is None:
-            model.waiting_unknown += 1
-        else:
-            model.waiting_frames += task.frames
+        numbers = self._urgent_sequence if again else self._sequence
+        for task in tasks:
+            task.model = model
+            task.queue = queue
+            queue.push(task, next(numbers), self._home(task) if task.dependencies else None)
+            if task.frames is None:
+                model.waiting_unknown += 1
+            else:
+                model.waiting_frames += task.frames
+        model.num_waiting += len(tasks)
         model.runnable[queue] = None
         if not model.in_turn:
             self._take_turn(model)
@@ -114,12 +108,12 @@ class Books:
                 del model.queues_by_worker[address]
 
     def _home(self, task: Task) -> str | None:
-        if not task.dependencies:
+        """The worker that holds most of a task's input, if it is large."""
+        there = task.dependencies
+        assert there
+        if sum(there.values()) / self.options.transfer_bytes_per_second < SMALL_TRANSFER_SECONDS:
             return None
-        total = sum(task.dependencies.values())
-        if total / self.options.transfer_bytes_per_second < SMALL_TRANSFER_SECONDS:
-            return None
-        return max(sorted(task.dependencies), key=task.dependencies.__getitem__)
+        return max(sorted(there), key=there.__getitem__)
 
     def _take_turn(self, model: Model) -> None:
         model.in_turn = True
@@ -171,10 +165,10 @@ class Books:
         """Learn a device's speed from a task that is done."""
         replica = task.replica
         assert replica is not None
-        assert task.decision is not None
         replica.observed += 1
         if replica.observed > OBSERVED_FIRST and replica.observed % OBSERVED_ONE_IN:
             return
+        assert task.decision is not None
         worker = replica.worker
         device = worker.device
         # Throughput is the number in flight over the time that one of them takes.

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from distributed.metrics import monotonic
 from distributed.protocol.pickle import dumps
 
-from daskshare._allocator_holding import HeldTask, dependency_bytes
+from daskshare._allocator_holding import HeldTask
 from daskshare._allocator_journal import Journal
 from daskshare._allocator_models import KnownModel, ModelLoader
+from daskshare._allocator_notes import Notes
 from daskshare._allocator_recognise import ModelFinder, annotated_model
 from daskshare._allocator_workers import News, WorkerBook
 from daskshare.placement import Decision, Dispatch, Fail, GpuPool, PlacementOptions
@@ -82,11 +82,7 @@ class Allocator:
         self._only: dict[str, set[str]] = {}
         #: Tasks for which other workers may count as others come and go.
         self._changing: set[Key] = set()
-        #: Tasks that succeeded, and ones that could run now, of which the pool has not heard yet.
-        self._done: deque[HeldTask] = deque()
-        self._arrived: deque[HeldTask] = deque()
-        #: Tasks that no worker can serve; see _hand_over.
-        self._hopeless: list[Key] = []
+        self._notes = Notes(scheduler, self.pool, self.workers)
         self._deaths: dict[str, list[HeldTask]] = {}
         self.journal = Journal(scheduler)
         self._needs_gpu = self._models_need_gpu()
@@ -106,7 +102,7 @@ class Allocator:
         queued = [key for key in self._held if scheduler.tasks[key].state == "queued"]
         parked = [key for key in self._held if scheduler.tasks[key].state == "no-worker"]
         for key in parked:
-            self._arrived.append(self._held[key])
+            self._notes.ready.append(self._held[key])
         self.kick()
         if queued:
             # They come back through "waiting" and are parked.
@@ -119,30 +115,33 @@ class Allocator:
         find = ModelFinder().find
         # Tasks of a graph share their model, and its key may be a digest.
         keys: dict[int, str] = {}
+        registered = None
         for key in tasks:
             if key in held:
                 continue
             ts = states[key]
-            handle = None if ts.run_spec is None else find(ts.run_spec)
+            run_spec, annotations = ts.run_spec, ts.annotations
+            handle = None if run_spec is None else find(run_spec)
             model_key = None
             if handle is not None:
                 model_key = keys.get(id(handle))
                 if model_key is None:
                     model_key = keys[id(handle)] = handle.key
-            if ts.annotations and "model" in ts.annotations:
-                named, named_handle = annotated_model(ts.annotations["model"])
+            if annotations and "model" in annotations:
+                named, named_handle = annotated_model(annotations["model"])
                 if named is not None and named != model_key:
                     model_key, handle = named, named_handle
-            if model_key is not None and not ts.actor:
+            if model_key is None or ts.actor:
+                continue
+            if handle is None or handle is not registered:
                 self._register(model_key, handle)
-                self._take(ts, model_key)
-
-    def _take(self, ts: TaskState, model_key: str) -> None:
-        held = self._held[ts.key] = HeldTask(ts, model_key)
-        if held.may_change:
-            self._changing.add(ts.key)
-        if ts.state in ("released", "waiting", "queued", "no-worker"):
-            held.hold(ts)
+                registered = handle
+            task = held[key] = HeldTask(ts, model_key)
+            if task.restricted and task.may_change:
+                self._changing.add(key)
+            # One that is released will be held when it comes to wait.
+            if ts.state in ("waiting", "queued", "no-worker"):
+                task.hold(ts)
 
     def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Follow a held task through Dask's states."""
@@ -155,7 +154,7 @@ class Allocator:
         if start == "processing":
             self._left(held, self._scheduler.tasks[key], finish)
         elif finish == "no-worker":
-            self._arrived.append(held)
+            self._notes.ready.append(held)
             if not self._kicked:
                 self.kick()
         elif finish == "waiting":
@@ -171,11 +170,9 @@ class Allocator:
         """A task is no longer on a worker: it is done, or Dask took it back."""
         worker = held.worker
         if finish == "memory":
-            self._done.append(held)
-        elif finish == "erred":
-            self.pool.finish_task(held.key, ok=False, now_seconds=time.monotonic())
+            self._notes.done.append(held.key)
         else:
-            self.pool.forget_task(held.key, now_seconds=time.monotonic())
+            self.pool.finish_task(held.key, ok=False, now_seconds=time.monotonic())
         if (held.deaths or held.alone) and finish in ("memory", "erred"):
             held.cleared()
         if worker is not None and worker not in self._scheduler.workers:
@@ -186,32 +183,7 @@ class Allocator:
 
     def settle(self) -> None:
         """Tell the pool what the hooks took notes of."""
-        now_seconds = time.monotonic()
-        while self._done:
-            self.pool.finish_task(self._done.popleft().key, now_seconds=now_seconds)
-        while self._arrived:
-            held = self._arrived.popleft()
-            self._ready(held, self._scheduler.tasks[held.key], now_seconds)
-
-    def _ready(self, held: HeldTask, ts: TaskState, now_seconds: float) -> None:
-        """A task could run now if there were a place for it."""
-        key = held.key
-        if key in self.pool:
-            return
-        allowed = held.allowed(self._scheduler) if held.restricted else None
-        if self.workers.any_failed and self.workers.failed(allowed):
-            self._hopeless.append(key)
-        self.pool.add_task(
-            held,
-            held.model_key,
-            priority=ts.priority,
-            frames=held.frames,
-            workers=allowed,
-            resources=ts.resource_restrictions or None,
-            dependency_bytes=dependency_bytes(ts) if ts.dependencies else None,
-            alone=held.alone,
-            now_seconds=now_seconds,
-        )
+        self._notes.tell(time.monotonic())
 
     def add_worker(self, ws: WorkerState) -> None:
         """Take in a worker that joined."""
@@ -263,7 +235,7 @@ class Allocator:
         for key in self._held:
             self.pool.forget_task(key, now_seconds=time.monotonic())
         self._held.clear()
-        self._hopeless.clear()
+        self._notes.hopeless.clear()
         self._changing.clear()
         self._deaths.clear()
 
@@ -326,7 +298,7 @@ class Allocator:
             if held.worker is None and key in self.pool:
                 self._renew(held)
         if self.workers.any_failed:
-            self._hopeless = [
+            self._notes.hopeless = [
                 key
                 for key, held in self._held.items()
                 if key in self.pool and self.workers.failed(held.allowed(self._scheduler))
@@ -337,7 +309,7 @@ class Allocator:
         """Tell the pool of a waiting task anew, because what it asks for has changed."""
         now_seconds = time.monotonic()
         if self.pool.forget_task(held.key, now_seconds=now_seconds):
-            self._ready(held, self._scheduler.tasks[held.key], now_seconds)
+            self._notes.tell_ready((held,), now_seconds)
             self.kick()
 
     # -- deciding --
@@ -354,7 +326,7 @@ class Allocator:
         if self._closed:
             return
         self.settle()
-        if self._hopeless:
+        if self._notes.hopeless:
             self._hand_over()
         decisions = self.pool.decide(time.monotonic())
         if decisions:
@@ -379,25 +351,25 @@ class Allocator:
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         scheduler, held, tasks = self._scheduler, self._held, self._scheduler.tasks
+        only = self._only
         stimulus = _stimulus("decide")
-        sent: list[TaskState] = []
+        sent: dict[Key, TaskState] = {}
         failed: list[Fail] = []
         for decision in decisions:
             if isinstance(decision, Dispatch):
-                task = held[decision.task]
-                ts = tasks[task.key]
-                task.send(ts, decision.worker, self._only[decision.worker])
-                sent.append(ts)
+                task, worker = held[decision.task], decision.worker
+                ts = sent[task.key] = tasks[task.key]
+                task.send(ts, worker, only[worker])
             elif isinstance(decision, Fail):
                 failed.append(decision)
             else:
                 self.loader.carry_out(decision)
         if sent:
             # Dask takes recommendations from the end.
-            scheduler.transitions({ts.key: "processing" for ts in reversed(sent)}, stimulus)
-            for ts in sent:
+            scheduler.transitions(dict.fromkeys(reversed(sent), "processing"), stimulus)
+            for key, ts in sent.items():
                 if ts.state == "no-worker":
-                    self._refused(held[ts.key], ts)
+                    self._refused(held[key], ts)
         # Last, because Dask drops what only a failed task's successors wanted.
         for fail in failed:
             self._fail(fail, stimulus)
@@ -425,7 +397,7 @@ class Allocator:
 
     def _hand_over(self) -> None:
         """Let Dask run tasks that no worker can serve: there, each says what is wrong."""
-        hopeless, self._hopeless = self._hopeless, []
+        hopeless, self._notes.hopeless = self._notes.hopeless, []
         recommendations: Recs = {}
         for key in hopeless:
             ts = self._scheduler.tasks.get(key)

@@ -6,11 +6,11 @@ Pure: no clock, no threads, no torch, no Dask. docs/placement.md explains the po
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from daskshare._placement_books import UNRESTRICTED, Signature, Task
 from daskshare._placement_check import explain, problems, snapshot
+from daskshare._placement_tasks import UNRESTRICTED, Signature, Task
 from daskshare._placement_types import (
     Decision,
     Dispatch,
@@ -104,21 +104,7 @@ class GpuPool(WorkerEvents):
         InvalidInputError
             When the key is known, the model is not, or ``frames`` is no number >= 0.
         """
-        books = self._books
         task = key if isinstance(key, Task) else Task(key)
-        key = task.key
-        if key in books.tasks or (frames is not None and not 0 <= frames < math.inf):
-            raise InvalidInputError(
-                f"Got task {key!r} of {frames} frames; expected a key that is not in the pool "
-                "and a number of frames >= 0 or None. Forget or lose the task first."
-            )
-        model = self._resolve(self._model(model_key))
-        self._at(now_seconds)
-        if frames is not None:
-            frames = max(1.0, float(frames))
-            model.frames_count = min(model.frames_count + 1, 1000)
-            model.frames_mean += (frames - model.frames_mean) / model.frames_count
-        task.model = model
         task.priority = priority
         task.frames = frames
         task.dependencies = dict(dependency_bytes) if dependency_bytes else None
@@ -129,11 +115,56 @@ class GpuPool(WorkerEvents):
                 tuple(sorted(resources.items())) if resources else (),
                 alone,
             )
-        books.tasks[key] = task
-        books.enqueue(task, signature)
+        self._take_in((task,), model_key, signature, now_seconds)
+
+    def add_tasks(self, tasks: Sequence[Task], model_key: str, *, now_seconds: float) -> None:
+        """Take in many tasks at once that are ready to run anywhere, in their order.
+
+        Parameters
+        ----------
+        tasks : sequence of Task
+            Each with its own priority, frames and dependencies, as :meth:`add_task` has them.
+        model_key : str
+            The registered model that all of them need.
+        now_seconds : float
+            The time.
+
+        Raises
+        ------
+        InvalidInputError
+            As :meth:`add_task`; then none is taken in.
+        """
+        self._take_in(tasks, model_key, UNRESTRICTED, now_seconds)
+
+    def _take_in(
+        self, tasks: Sequence[Task], model_key: str, signature: Signature, now_seconds: float
+    ) -> None:
+        model = self._resolve(self._model(model_key))
+        known = self._books.tasks
+        sized = False
+        for number, task in enumerate(tasks):
+            frames = task.frames
+            if task.key in known or (frames is not None and not 0 <= frames < math.inf):
+                for other in tasks[:number]:
+                    del known[other.key]
+                raise InvalidInputError(
+                    f"Got task {task.key!r} of {frames} frames; expected a key that is not in the "
+                    "pool and a number of frames >= 0 or None. Forget or lose the task first."
+                )
+            known[task.key] = task
+            sized = sized or frames is not None
+        self._at(now_seconds)
+        if sized:
+            for task in tasks:
+                if task.frames is not None:
+                    task.frames = frames = max(1.0, float(task.frames))
+                    model.frames_count = min(model.frames_count + 1, 1000)
+                    model.frames_mean += (frames - model.frames_mean) / model.frames_count
+        idle = not model.num_waiting
+        self._books.enqueue(tasks, model, signature)
         if now_seconds < model.failed_until_seconds and not model.replicas:
             self._planner.failing[model] = None
-        elif not model.replicas and model.num_waiting == 1:
+        elif not model.replicas and idle:
             self._planner.urgent = True
 
     def finish_task(self, key: Hashable, *, ok: bool = True, now_seconds: float) -> bool:
@@ -153,19 +184,43 @@ class GpuPool(WorkerEvents):
         bool
             False when the pool does not know it.
         """
+        return self.finish_tasks((key,), ok=ok, now_seconds=now_seconds) > 0
+
+    def finish_tasks(self, keys: Iterable[Hashable], *, ok: bool = True, now_seconds: float) -> int:
+        """Say that many tasks are done, in the order in which they ended.
+
+        Parameters
+        ----------
+        keys : iterable of hashable
+            The tasks.
+        ok : bool
+            Whether they succeeded; only then their durations say how fast the device is.
+        now_seconds : float
+            The time.
+
+        Returns
+        -------
+        int
+            How many of them the pool knew.
+        """
         books = self._books
-        task = books.tasks.pop(key, None)
-        if task is None:
-            return False
-        now = self._at(now_seconds)
-        if task.replica is None:
-            books.dequeue(task)
-        else:
-            if ok:
-                books.observe(task, now)
-            books.release(task, now)
-        task.dependencies = None
-        return True
+        pop = books.tasks.pop
+        num_known, now = 0, now_seconds
+        for key in keys:
+            task = pop(key, None)
+            if task is None:
+                continue
+            if not num_known:
+                now = self._at(now_seconds)
+            num_known += 1
+            if task.replica is None:
+                books.dequeue(task)
+            else:
+                if ok:
+                    books.observe(task, now)
+                books.release(task, now)
+            task.dependencies = None
+        return num_known
 
     def forget_task(self, key: Hashable, *, now_seconds: float) -> bool:
         """Take a task out, wherever it is: cancelled, released.

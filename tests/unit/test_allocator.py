@@ -56,7 +56,7 @@ class Scheduler:
             if state == "forgotten":
                 del self.tasks[key]
 
-    def task(self, key, *arguments, priority=0):
+    def task(self, key, *arguments, priority=0, workers=None):
         """A task that could run now."""
         self.tasks[key] = SimpleNamespace(
             key=key,
@@ -65,7 +65,7 @@ class Scheduler:
             actor=False,
             state="waiting",
             suspicious=0,
-            worker_restrictions=None,
+            worker_restrictions=workers,
             host_restrictions=None,
             loose_restrictions=False,
             resource_restrictions=None,
@@ -143,6 +143,19 @@ async def test_what_hooks_noted_is_told_before_the_next_decision(scheduler, allo
     await next_step()
     assert scheduler.sent == ["x", "y", "z"]
     assert "x" not in allocator.pool
+
+
+@in_a_loop
+async def test_tasks_that_came_together_are_sent_in_their_order(scheduler, allocator):
+    scheduler.join(ADDRESS)
+    keys = [f"x{number}" for number in range(8)]
+    for number, key in enumerate(keys):
+        # The pool hears of restricted ones one by one, of others together.
+        scheduler.task(key, workers={ADDRESS} if number in (2, 3, 6) else None)
+    for key in keys:
+        await next_step()
+        scheduler.move(key, "memory")
+    assert scheduler.sent == keys
 
 
 @in_a_loop

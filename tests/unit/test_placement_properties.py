@@ -9,7 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from daskshare._placement_books import Model, Task
+from daskshare._placement_books import Model
+from daskshare._placement_tasks import Task
+from daskshare.errors import InvalidInputError
 from daskshare.placement import Dispatch, Fail, GpuPool, Load, PlacementOptions, Unload
 
 ADDRESSES = [f"w{n}" for n in range(6)]
@@ -461,6 +463,135 @@ def test_whatever_lies_where_everything_is_done(rates, tasks, slots):
             pool.finish_task(key, now_seconds=0.0)
         done += sent
     assert sorted(done) == list(range(len(tasks)))
+
+
+few = st.integers(0, 2)
+events = st.one_of(
+    st.tuples(
+        st.just("come"),
+        st.integers(1, 30),
+        st.sampled_from([None, None, None, 50.0]),
+        st.sampled_from([None, None, None, 10**6, 10**9]),
+        st.booleans(),
+    ),
+    st.tuples(st.just("end"), st.integers(1, 12), st.integers(0, 4), st.booleans()),
+    st.tuples(st.just("end"), st.integers(1, 12), st.integers(0, 4), st.booleans()),
+    st.tuples(st.just("lose"), st.integers(0, 9)),
+    st.tuples(st.just("report"), few, st.sampled_from([30.0, 100.0, 1000.0])),
+    st.tuples(st.just("accept"), few, st.booleans()),
+)
+
+
+@given(
+    num_models=st.sampled_from([1, 1, 2]),
+    slots=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    one_device=st.booleans(),
+    steps=st.lists(
+        st.tuples(events, st.sampled_from([0.0, 0.001, 0.1]), st.booleans()), max_size=60
+    ),
+)
+# Of three with free slots, two are alike and the third has more to do.
+@example(
+    num_models=1,
+    slots=[2, 2, 2],
+    one_device=False,
+    steps=[(("come", 30, None, None, True), 0.0, True), (("end", 5, 0, False), 0.0, True)],
+)
+# Of two that would be done at the same time, the second has the data.
+@example(
+    num_models=1,
+    slots=[2, 2],
+    one_device=False,
+    steps=[(("come", 30, None, 10**6, True), 0.0, True), (("end", 6, 0, False), 0.0, True)],
+)
+@settings(max_examples=200, deadline=None)
+def test_many_tasks_at_once_are_decided_on_as_one_by_one(num_models, slots, one_device, steps):
+    at_once, one_by_one = pools = GpuPool(), GpuPool()
+    # This one chooses anew for each task.
+    one_by_one._books._book_alike = lambda *_: False
+    keys = MODELS[:num_models]
+    for pool in pools:
+        for key in keys:
+            pool.add_model(key, name=key, estimated_bytes=1, now_seconds=0.0)
+        for n, number in enumerate(slots):
+            device = "d" if one_device else f"d{n}"
+            pool.add_worker(
+                f"w{n}", device_uuid=device, budget_bytes=9, slots=number, now_seconds=0.0
+            )
+            # The last has them all.
+            here = keys if n == len(slots) - 1 else keys[:1]
+            pool.report_worker(f"w{n}", resident=dict.fromkeys(here, 1), now_seconds=0.0)
+    now = 0.0
+    num_tasks = 0
+    running = []
+    for (what, *details), seconds, decides in steps:
+        now += seconds
+        if what == "come":
+            number, frames, num_bytes, last = details
+            model = keys[-1] if last else keys[0]
+            tasks = []
+            for key in range(num_tasks, num_tasks + number):
+                task = Task(key)
+                task.priority = (0, key)
+                # Neither all of a kind nor each of its own.
+                task.frames = frames if key % 2 else None
+                task.dependencies = {f"w{key % 4}": num_bytes} if num_bytes else None
+                tasks.append(task)
+                one_by_one.add_task(
+                    key,
+                    model,
+                    priority=task.priority,
+                    frames=task.frames,
+                    dependency_bytes=task.dependencies,
+                    now_seconds=now,
+                )
+            at_once.add_tasks(tasks, model, now_seconds=now)
+            num_tasks += number
+        elif what == "end":
+            number, begin, ok = details
+            ended = [*running[begin : begin + number], "unknown"]
+            del running[begin : begin + number]
+            at_once.finish_tasks(ended, ok=ok, now_seconds=now)
+            for key in ended:
+                one_by_one.finish_task(key, ok=ok, now_seconds=now)
+        elif what == "lose" and details[0] < len(running):
+            key = running.pop(details[0])
+            for pool in pools:
+                pool.lose_task(key, now_seconds=now)
+        elif what == "report" and details[0] < len(slots):
+            n, rate = details
+            for pool in pools:
+                pool.report_worker(
+                    f"w{n}",
+                    resident={keys[0]: 1},
+                    frames_per_second={keys[0]: rate},
+                    now_seconds=now,
+                )
+        elif what == "accept":
+            for pool in pools:
+                pool.set_worker_accepting(f"w{details[0]}", details[1], now_seconds=now)
+        if decides:
+            decisions = at_once.decide(now)
+            assert decisions == one_by_one.decide(now)
+            running += [d.task for d in decisions if isinstance(d, Dispatch)]
+        assert at_once.snapshot() == one_by_one.snapshot()
+    at_once.validate()
+
+
+def test_of_many_tasks_none_is_taken_in_when_one_is_wrong():
+    pool = GpuPool()
+    pool.add_model("m", name="m", estimated_bytes=1, now_seconds=0.0)
+    pool.add_task("known", "m", now_seconds=0.0)
+    good, twice, known, odd = Task("good"), Task("good"), Task("known"), Task("odd")
+    odd.frames = math.nan
+    for wrong in (twice, known, odd):
+        with pytest.raises(InvalidInputError, match=str(wrong.key)):
+            pool.add_tasks([good, wrong], "m", now_seconds=0.0)
+        assert len(pool) == 1
+    with pytest.raises(InvalidInputError, match="not registered"):
+        pool.add_tasks([good], "other", now_seconds=0.0)
+    assert "good" not in pool
+    pool.validate()
 
 
 priorities = st.tuples(st.integers(-1, 1), st.integers(0, 4))
