@@ -62,7 +62,7 @@ class Notes:
         pool, tasks, any_failed = self._pool, self._scheduler.tasks, self._workers.any_failed
         # Neighbours of one model that may run anywhere come to the pool together.
         alike: list[HeldTask] = []
-        for held in ready:
+        for held in dict.fromkeys(ready):
             if held.key in pool:
                 continue
             ts = tasks[held.key]

@@ -139,8 +139,8 @@ class Allocator:
             task = held[key] = HeldTask(ts, model_key)
             if task.restricted and task.may_change:
                 self._changing.add(key)
-            # One that is released will be held when it comes to wait.
-            if ts.state in ("waiting", "queued", "no-worker"):
+            # Also one that is released: once it waits, Dask has begun to look for its worker.
+            if ts.state in ("released", "waiting", "queued", "no-worker"):
                 task.hold(ts)
 
     def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
