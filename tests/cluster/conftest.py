@@ -21,23 +21,27 @@ TASK_THREADS = 4
 class WholeCluster(LocalCluster):
     """Closes only when no worker that was killed is on its way back.
 
-    A nanny that is told to close while it starts a worker waits for that one without a bound.
+    A nanny that is told to close while it starts a worker waits for that one without a bound. One
+    whose worker dies before it has heard of its start waits for ever: kill those that `is_up`.
     """
 
     def close(self, timeout=None):
         if not self.asynchronous and self.status is Status.running:
             deadline = time.monotonic() + TIMEOUT
-            while restarting := [n for n in self.workers.values() if _is_restarting(n)]:
+            while restarting := [n for n in self.workers.values() if _restarts(n)]:
                 assert time.monotonic() < deadline, f"workers that do not come back: {restarting}"
                 self.sync(_one_step)
         return super().close(timeout)
 
 
-def _is_restarting(nanny):
-    if not isinstance(nanny, Nanny) or nanny.status is not Status.running:
-        return False
+def _restarts(nanny):
+    return isinstance(nanny, Nanny) and nanny.status is Status.running and not is_up(nanny)
+
+
+def is_up(nanny):
+    """Whether a nanny knows that its worker runs."""
     process = nanny.process
-    return process is None or process.status is not Status.running or not nanny.is_alive()
+    return process is not None and process.status is Status.running and nanny.is_alive()
 
 
 async def _one_step():

@@ -14,7 +14,7 @@ import dask
 import pytest
 from distributed import Client
 
-from tests.cluster.conftest import TIMEOUT, start
+from tests.cluster.conftest import TIMEOUT, is_up, start
 from tests.cluster.stand_ins import (
     books,
     double_slowly,
@@ -71,9 +71,10 @@ class Chaos:
         return sorted(self.cluster.scheduler.workers)
 
     def kill(self):
-        workers = self.cluster.scheduler.workers
-        if workers:
-            os.kill(workers[self.random.choice(sorted(workers))].pid, signal.SIGKILL)
+        up = {n.worker_address: n.pid for n in self.cluster.workers.values() if is_up(n)}
+        pids = [pid for _, pid in sorted(up.items()) if pid is not None]
+        if pids:
+            os.kill(self.random.choice(pids), signal.SIGKILL)
 
     def pause(self):
         running = [a for a in self.addresses() if a not in self.paused]
