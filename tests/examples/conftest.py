@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -18,6 +19,21 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 300
 #: Of the clip that examples are run on: cars first, then people.
 FIRST, LAST = 30, 78
+
+
+#: What a worker of Dask logs when its cluster closes while a heartbeat is on its way: no fault of
+#: the example.
+LAST_HEARTBEAT = re.compile(
+    r"^[\d-]+ [\d:,]+ - distributed\.worker - ERROR - "
+    r"Failed to communicate with scheduler during heartbeat\.\n"
+    r"Traceback.*?^distributed\.comm\.core\.CommClosedError: [^\n]*heartbeat_worker[^\n]*\n",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def without_last_heartbeats(log: str) -> str:
+    """Leave such records out of a log."""
+    return LAST_HEARTBEAT.sub("", log)
 
 
 @pytest.fixture(scope="session")
@@ -57,8 +73,9 @@ def run_example(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert "Warning" not in done.stderr
-        assert "Traceback" not in done.stderr
+        said = without_last_heartbeats(done.stderr)
+        assert "Warning" not in said
+        assert "Traceback" not in said
         return done.stdout
 
     return run

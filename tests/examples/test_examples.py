@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.examples.conftest import FIRST, LAST, ROOT
+from tests.examples.conftest import FIRST, LAST, ROOT, without_last_heartbeats
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -19,6 +19,24 @@ def test_all_examples_are_run():
     there = [path.name[:2] for path in sorted((ROOT / "examples").glob("[0-9]*.py"))]
     assert sorted({*run}) == [n for n in there if n not in SPARK]
     assert len(set(there)) == len(there), "two examples of one number"
+
+
+def test_of_a_log_only_a_heartbeat_that_came_too_late_is_left_out():
+    record = """2026-01-02 03:04:05,678 - distributed.worker - ERROR - \
+Failed to communicate with scheduler during heartbeat.
+Traceback (most recent call last):
+  File "comm/tcp.py", line 226, in read
+tornado.iostream.StreamClosedError: Stream is closed
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "worker.py", line 1165, in heartbeat
+distributed.comm.core.CommClosedError: in <TCP (closed) ConnectionPool.heartbeat_worker>: closed
+"""
+    other = record.replace("during heartbeat.", "during lunch.")
+    assert without_last_heartbeats(f"before\n{record}between\n{record}") == "before\nbetween\n"
+    assert without_last_heartbeats(f"{record}{other}") == other
 
 
 #: Run by tests/spark, where there is a Java.
