@@ -35,8 +35,10 @@ Traceback (most recent call last):
 distributed.comm.core.CommClosedError: in <TCP (closed) ConnectionPool.heartbeat_worker>: closed
 """
     other = record.replace("during heartbeat.", "during lunch.")
-    assert without_last_heartbeats(f"before\n{record}between\n{record}") == "before\nbetween\n"
+    assert without_last_heartbeats(f"before\n{record}{record}") == "before\n"
     assert without_last_heartbeats(f"{record}{other}") == other
+    crash = f"{record}Traceback (most recent call last):\nValueError: no\n"
+    assert without_last_heartbeats(crash) == crash
 
 
 #: Run by tests/spark, where there is a Java.
