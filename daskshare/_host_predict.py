@@ -217,13 +217,14 @@ class PredictEngine:
             threading.Thread(target=self._run, name=f"daskshare-engine-{name}{suffix}", daemon=True)
             for suffix in suffixes
         ]
-        self._begin: Callable[[], None] | None = None
+        self._begin: Callable[[], None] | None
+        starting: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if divided:
             # Only those that divide cores need torch for it.
             from daskshare._torch_threads import divided_torch_threads
 
             starting = divided_torch_threads(concurrent_calls)
-        with starting if divided else contextlib.nullcontext() as self._begin:
+        with starting as self._begin:
             for thread in self._threads:
                 thread.start()
 

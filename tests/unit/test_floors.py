@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[2] / "daskshare"
 
 #: From the ground up. Modules of one floor may import each other, but not in a circle.
 FLOORS: list[list[str]] = [
-    ["errors", "html_repr", "sizeof", "_malloc", "_torch_threads"],
+    ["errors", "html_repr", "sizeof", "_malloc"],
     ["config", "option_names"],
     ["batching", "placement", "_placement_*", "chunking", "timesplit"],
-    ["device", "_device_*"],
+    ["device", "_device_*", "_torch_threads"],
     ["models.spec"],
     ["kernels", "kernels.*"],
     ["models", "models.*"],
