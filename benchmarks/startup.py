@@ -34,54 +34,16 @@ _CACHES = {
 }
 
 
-def child(arguments: argparse.Namespace) -> None:
-    """Print the seconds since ``arguments.child`` (wall clock) at each step, as JSON."""
-    laps: dict[str, float] = {}
-
-    def lap(name: str) -> None:
-        laps[name] = time.time() - arguments.child
-
-    lap("interpreter")
-    from daskshare.config import EngineOptions
-    from daskshare.device import current_device
-    from daskshare.engine import InferenceEngine
-    from daskshare.models.yolov3 import yolov3_spec
-
-    lap("imports")
-    device = current_device()
-    spec = yolov3_spec(
-        arguments.model,
-        weights=arguments.weights,
-        input_size=arguments.input_size,
-        precision=arguments.precision,
-    )
-    lap("device")
-    frames = workload.host_frames(1, arguments.input_size)
-    if arguments.way == "eager":
-        model = workload.Eager(spec)
-        lap("loaded")
-        model(frames)
-        lap("first detection")
-    else:
-        program = spec.load(device)
-        lap("loaded")
-        engine = InferenceEngine(program, device, options=EngineOptions(), name=spec.name)
-        engine.infer(frames)
-        lap("first detection")
-        if engine.wait_compiled(240):
-            lap("full speed")
-        engine.close()
-    print(json.dumps(laps))
-
-
 def run(arguments: argparse.Namespace, way: str, folder: str) -> dict[str, float]:
     """Start a process and return its laps."""
     caches = {name: os.path.join(folder, part) for name, part in _CACHES.items()}
-    command = [sys.executable, "-m", "benchmarks.startup", "--way", way]
-    for name in ("model", "weights", "precision"):
+    options: dict[str, Any] = {"input_size": arguments.input_size}
+    for name in ("weights", "precision"):
         if getattr(arguments, name) is not None:
-            command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--input-size", str(arguments.input_size), "--child", repr(time.time())]
+            options[name] = str(getattr(arguments, name))
+    values = (way, time.time(), arguments.model, options)
+    program = f"from benchmarks.startup_child import first_detection as f; f(*{values!r})"
+    command = [sys.executable, "-c", program]
     answer = subprocess.run(
         command, env={**os.environ, **caches}, check=True, stdout=subprocess.PIPE, text=True
     )
@@ -97,12 +59,7 @@ def main() -> int:
     parser.add_argument("--input-size", type=int, default=416)
     parser.add_argument("--repeat", type=int, default=3, help="warm processes")
     parser.add_argument("--caches", help="empty folder in which daskshare's caches are left")
-    parser.add_argument("--way", choices=["daskshare", "eager"], help=argparse.SUPPRESS)
-    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        child(arguments)
-        return 0
     if list_devices():
         arguments.model = arguments.model or "yolov3"
         arguments.precision = arguments.precision or "fp16"

@@ -52,6 +52,9 @@ def measure(
     report: Report, stage: str, threads: int, items: list[Any], work: Callable[[Any], int]
 ) -> None:
     """Run ``work`` on all items in so many threads, and add a row."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
     with LockWatch() as watch, ThreadPoolExecutor(threads) as pool:
         started, busy = time.perf_counter(), time.process_time()
         frames = sum(pool.map(work, items))
@@ -66,9 +69,30 @@ def measure(
         "lock_wait_microseconds": round(median(waits) * 1e6, 1),
         "mean_lock_wait_microseconds": round(mean(waits) * 1e6, 1),
         "gpu_mib": round(workload.gpu_used_bytes() / 2**20),
+        "torch_peak_mib": round(torch.cuda.max_memory_allocated() / 2**20),
+        "torch_peak_reserved_mib": round(torch.cuda.max_memory_reserved() / 2**20),
     }
     report.add_row(**row)
     print(row, flush=True)
+
+
+def print_memory() -> None:
+    """Print who holds the GPU's memory: torch's pools by stream, and all else."""
+    import torch
+
+    pools: dict[tuple[Any, int], list[int]] = {}
+    for segment in torch.cuda.memory_snapshot():
+        sizes = pools.setdefault((segment["segment_pool_id"], segment["stream"]), [0, 0])
+        sizes[0] += segment["total_size"]
+        sizes[1] += segment["allocated_size"]
+    for (pool, stream), (reserved, allocated) in sorted(pools.items(), key=lambda x: -x[1][0]):
+        print(
+            f"pool {pool} stream {stream:#x}: {reserved / 2**20:.0f} MiB reserved, "
+            f"{allocated / 2**20:.0f} in use",
+            flush=True,
+        )
+    rest = workload.gpu_used_bytes() - torch.cuda.memory_reserved()
+    print(f"outside of torch's pools: {rest / 2**20:.0f} MiB", flush=True)
 
 
 def run_stages(report: Report, chunks: list[Any], arguments: argparse.Namespace) -> None:
@@ -168,6 +192,7 @@ def run_stages(report: Report, chunks: list[Any], arguments: argparse.Namespace)
                             measure(report, f"decode, infer{suffix}", threads, chunks, through)
                         if "write" in stages:
                             measure(report, f"decode, infer, write{suffix}", threads, chunks, write)
+            print_memory()
             print("graphs", lease.engine.stats().graphs, lease.engine.stats().graph_error)
     finally:
         share.close()

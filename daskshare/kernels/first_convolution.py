@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["convolve_frames", "pack_weights"]
+__all__ = ["compile_convolution", "convolve_frames", "pack_weights"]
 
 # Inner dimension of the product: 3 rows x 3 columns x 3 channels, padded for the tensor cores.
 _TAPS = 32
@@ -121,3 +121,27 @@ def convolve_frames(
         num_warps=4,
     )
     return out.permute(0, 3, 1, 2)
+
+
+def compile_convolution(
+    channels: int, dtype: torch.dtype, device: torch.device, *, side: int
+) -> None:
+    """Compile the kernel, or read it from Triton's cache on disk.
+
+    Parameters
+    ----------
+    channels : int
+        Output channels.
+    dtype : torch.dtype
+        float16 or bfloat16.
+    device : torch.device
+        A CUDA device, the current one.
+    side : int
+        Pixels of a frame's side, of the same kind (a multiple of 16 or not) as those to come.
+    """
+    convolve_frames(
+        torch.zeros((1, side, side, 3), dtype=torch.uint8, device=device),
+        torch.zeros((_TAPS, channels), dtype=dtype, device=device),
+        torch.zeros(channels, dtype=dtype, device=device),
+        slope=0.0,
+    )

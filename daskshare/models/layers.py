@@ -66,11 +66,14 @@ class ConvolutionBlock(nn.Module):
         self, layer: Convolutional, weights: LayerWeights, dtype: torch.dtype, extra: int = 0
     ) -> None:
         super().__init__()
-        kernel = functional.pad(torch.from_numpy(weights.weight), (0,) * 7 + (extra,))
+        # Rounded first, as there is less to reorder then.
+        kernel = torch.from_numpy(weights.weight).to(dtype)
+        bias = torch.from_numpy(weights.bias)
+        if extra:
+            kernel = functional.pad(kernel, (0,) * 7 + (extra,))
+            bias = functional.pad(bias, (0, extra))
         # The kernels share the activations' layout, so that no convolution has to reorder them.
-        kernel = kernel.to(dtype, memory_format=torch.channels_last)
-        self.register_buffer("weight", kernel)
-        bias = functional.pad(torch.from_numpy(weights.bias), (0, extra))
+        self.register_buffer("weight", kernel.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
         self.layer = layer
 

@@ -35,7 +35,13 @@ from daskshare.models.plan import (
 )
 from daskshare.models.weights import LayerWeights
 
-__all__ = ["MAX_CANDIDATES", "Candidates", "YoloNetwork", "compile_network"]
+__all__ = [
+    "MAX_CANDIDATES",
+    "Candidates",
+    "YoloNetwork",
+    "compile_network",
+    "first_convolution_channels",
+]
 
 #: Most boxes of a frame that non-maximum suppression looks at, those of highest confidence.
 MAX_CANDIDATES = 1024
@@ -85,8 +91,9 @@ class YoloNetwork(nn.Module):
         self.confidence_threshold = confidence_threshold
         self.max_candidates = min(MAX_CANDIDATES, plan.num_boxes)
         self._last_use = _last_use(plan)
-        # So many layers are computed frame by frame.
-        self._num_alone = 0
+        # So many layers are computed for a few frames at a time, and for how many.
+        self._num_split = 0
+        self._split_rows = 1
         self._first: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.blocks = nn.ModuleList(self._block(layer, weights) for layer in plan.layers)
         allowed = torch.zeros(plan.num_classes, dtype=torch.bool)
@@ -102,17 +109,9 @@ class YoloNetwork(nn.Module):
             Whether it does from now on: on a CUDA device in float16 or bfloat16, for a 3 x 3
             convolution of stride 1 with a leaky ReLU and 16, 32, 64 or 128 channels.
         """
-        layer = self.plan.layers[0]
         block = self.blocks[0]
-        if not (
-            isinstance(layer, Convolutional)
-            and isinstance(block, ConvolutionBlock)
-            and block.weight.is_cuda
-            and self.dtype in (torch.float16, torch.bfloat16)
-            and (layer.size, layer.stride, layer.padding, layer.groups) == (3, 1, 1, 1)
-            and layer.activation == "leaky"
-            and layer.channels in (16, 32, 64, 128)
-        ):
+        channels = first_convolution_channels(self.plan, self.dtype)
+        if not (channels and isinstance(block, ConvolutionBlock) and block.weight.is_cuda):
             return False
         from daskshare.kernels.first_convolution import convolve_frames, pack_weights
 
@@ -154,8 +153,22 @@ class YoloNetwork(nn.Module):
                 threshold=self.confidence_threshold,
             )
             height, width = layer.height, layer.width
-        self._num_alone = _num_large(plan, self.dtype.itemsize)
+        self.split_large_layers(1)
         return True
+
+    def split_large_layers(self, rows: int) -> None:
+        """Compute layers with large outputs for a part of the frames after the other.
+
+        With 16 frames of 416 x 416 pixels in half precision, the first layers of YOLO-v3 take
+        350 MiB at once, several times what all the others need.
+
+        Parameters
+        ----------
+        rows : int
+            Frames of a part, 1 or more. What is compiled computes all frames at once.
+        """
+        self._num_split = _num_large(self.plan, self.dtype.itemsize)
+        self._split_rows = rows
 
     def _block(self, layer: Layer, weights: dict[int, LayerWeights]) -> nn.Module:
         if isinstance(layer, Convolutional):
@@ -216,12 +229,13 @@ class YoloNetwork(nn.Module):
             For each head all its boxes, unordered. After :meth:`pack_convolutions` those that
             cannot be above the threshold are zero.
         """
-        alone = self._num_alone
-        if alone and len(batch) > 1:
-            parts = [self._run(0, alone, frame[None], {}) for frame in batch]
+        split, rows = self._num_split, self._split_rows
+        if split and len(batch) > rows and not torch.compiler.is_compiling():
+            parts = [self._run(0, split, some, {}) for some in torch.split(batch, rows)]
             x = torch.cat([x for x, _, _ in parts])
             kept = {i: torch.cat([own[i] for _, own, _ in parts]) for i in parts[0][1]}
-            _, _, heads = self._run(alone, len(self.blocks), x, kept)
+            del parts
+            _, _, heads = self._run(split, len(self.blocks), x, kept)
         else:
             _, _, heads = self._run(0, len(self.blocks), batch, {})
         return self.decode(heads)
@@ -275,6 +289,20 @@ class YoloNetwork(nn.Module):
     def forward(self, batch: torch.Tensor) -> Candidates:
         """Candidates of a batch of uint8 RGB frames (n, height, width, 3)."""
         return self.candidates(self.predict(batch))
+
+
+def first_convolution_channels(plan: NetworkPlan, dtype: torch.dtype) -> int:
+    """Output channels of a first convolution that a kernel of our own can do on a GPU, else 0."""
+    layer = plan.layers[0]
+    if (
+        isinstance(layer, Convolutional)
+        and dtype in (torch.float16, torch.bfloat16)
+        and (layer.size, layer.stride, layer.padding, layer.groups) == (3, 1, 1, 1)
+        and layer.activation == "leaky"
+        and layer.channels in (16, 32, 64, 128)
+    ):
+        return layer.channels
+    return 0
 
 
 def _num_large(plan: NetworkPlan, value_bytes: int) -> int:

@@ -34,6 +34,9 @@ MAX_DETECTIONS = 300
 #: Intermediate results that threads of a CPU may hold together; a worker keeps as much memory.
 _LANES_BYTES = 2**26
 
+#: Frames that layers with large outputs compute at once on a GPU while no compiled pass does.
+_CUDA_SPLIT_ROWS = 4
+
 _EXPECTED = (
     "expected a uint8 RGB array of shape (frames, height, width, 3) with at least one frame, in "
     "host or GPU memory (NumPy, torch, CuPy), or a list of uint8 frames (height, width, 3)"
@@ -118,6 +121,7 @@ class YoloV3Program:
         self.graph_capturable = self._cuda
         if self._cuda:
             self._network.fuse_first_convolution()
+            self._network.split_large_layers(_CUDA_SPLIT_ROWS)
             letterbox_kernel.compile(device)
             greedy_nms_cuda.compile(device)
             # The engine works on a stream of its own, which does not wait for these copies.

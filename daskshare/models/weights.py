@@ -20,6 +20,7 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ __all__ = [
 
 # Added to the variance: what Darknet's GPU code and every framework's batch norm use.
 _EPSILON = 1e-5
+_FOLD_THREADS = 4
 _PRECISIONS: dict[str, np.dtype[np.floating]] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
@@ -72,7 +74,9 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: str | os.PathLike[str], expected_sha256: str, *, advice: str) -> None:
+def check_sha256(
+    path: str | os.PathLike[str], expected_sha256: str, *, advice: str, got: str | None = None
+) -> None:
     """Raise ChecksumError unless the file has the expected content.
 
     Parameters
@@ -83,8 +87,10 @@ def check_sha256(path: str | os.PathLike[str], expected_sha256: str, *, advice: 
         64 hexadecimal digits.
     advice : str
         What to do when it differs, a sentence.
+    got : str, optional
+        What it has, where that is known already.
     """
-    got = file_sha256(path)
+    got = got or file_sha256(path)
     if got != expected_sha256:
         raise ChecksumError(
             f"{path} has SHA-256 {got}; expected {expected_sha256}. {advice}",
@@ -112,8 +118,9 @@ def _fold(layer: Convolutional, floats: np.ndarray) -> LayerWeights:
     beta, gamma, mean, variance = floats[: 4 * n].astype(np.float64).reshape(4, n)
     scale = gamma / np.sqrt(variance + _EPSILON)
     kernel = floats[4 * n :].reshape(layer.weight_shape)
-    weight = (kernel * scale[:, None, None, None]).astype(np.float32)
-    return LayerWeights(weight, (beta - mean * scale).astype(np.float32))
+    # In fp64, piece by piece, and rounded to where the original was.
+    np.multiply(kernel, scale[:, None, None, None], out=kernel, casting="same_kind")
+    return LayerWeights(kernel, (beta - mean * scale).astype(np.float32))
 
 
 def read_darknet(path: str | os.PathLike[str], plan: NetworkPlan) -> dict[int, LayerWeights]:
@@ -159,11 +166,15 @@ def read_darknet(path: str | os.PathLike[str], plan: NetworkPlan) -> dict[int, L
         if got_bytes != expected_bytes:
             raise _size_error(path, got_bytes, expected_bytes)
         file.seek(header_bytes)
-        weights = {}
-        for layer in plan.convolutions:
-            floats = np.fromfile(file, dtype="<f4", count=layer.num_parameters)
-            weights[layer.index] = _fold(layer, floats)
-    return weights
+        # NumPy leaves the interpreter to others while it multiplies.
+        with ThreadPoolExecutor(_FOLD_THREADS, thread_name_prefix="daskshare-fold") as pool:
+            folding = {
+                layer.index: pool.submit(
+                    _fold, layer, np.fromfile(file, dtype="<f4", count=layer.num_parameters)
+                )
+                for layer in plan.convolutions
+            }
+    return {index: future.result() for index, future in folding.items()}
 
 
 def _names(layer: Convolutional) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:

@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from daskshare.errors import ConfigurationError, ModelLoadError
 from daskshare.models.darknet import parse_cfg
 from daskshare.models.fetch import fetch, known_weights
 from daskshare.models.plan import NetworkPlan
-from daskshare.models.weights import check_sha256, file_sha256, read_weights
+from daskshare.models.weights import LayerWeights, check_sha256, file_sha256, read_weights
 
 if TYPE_CHECKING:
+    import torch
+
     from daskshare.device import Device
     from daskshare.models.program import YoloV3Program
 
@@ -116,29 +119,21 @@ class YoloV3Spec:
         -----
         Runs in a loader thread of a worker: it may download, and reads up to 250 MB.
         """
-        import torch
-
-        from daskshare.models.network import YoloNetwork
-        from daskshare.models.program import YoloV3Program
-
         plan = self.plan()
-        path = fetch(self.name) if self.weights is None else Path(self.weights)
-        # First whether it is there and fits, as those errors say more than a wrong digest.
-        weights = read_weights(path, plan)
-        if self.weights is not None:
-            check_sha256(
-                path,
-                self.weights_sha256,
-                advice="Make the file the same on every machine, or make the model anew.",
-            )
-        precision = self.precision or ("fp16" if device.kind == "cuda" else "fp32")
+        with ThreadPoolExecutor(1, thread_name_prefix="daskshare-load") as pool:
+            # Reading leaves the interpreter to others, who have a second's work to do.
+            making_ready = pool.submit(self._make_ready, plan, device)
+            weights = self._read_weights(plan)
         try:
+            dtype = making_ready.result()
+
+            from daskshare.models.network import YoloNetwork
+            from daskshare.models.program import YoloV3Program
+
             network = YoloNetwork(
                 plan,
                 weights,
-                dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-                    precision
-                ],
+                dtype=dtype,
                 confidence_threshold=self.confidence_threshold,
                 class_ids=self.class_ids,
             )
@@ -150,6 +145,7 @@ class YoloV3Spec:
                 max_batch_size=self.max_batch_size,
             )
         except RuntimeError as error:
+            precision = self._precision(device)
             raise ModelLoadError(
                 f"{self.name} in {precision} could not be loaded on {device.name}: {error}. "
                 "See the cause; when memory ran out, choose a smaller model or precision.",
@@ -157,6 +153,38 @@ class YoloV3Spec:
                 device=device.name,
                 reason=str(error),
             ) from error
+
+    def _precision(self, device: Device) -> str:
+        return self.precision or ("fp16" if device.kind == "cuda" else "fp32")
+
+    def _make_ready(self, plan: NetworkPlan, device: Device) -> torch.dtype:
+        """Import what computes, and fetch what a GPU's first batch would wait for."""
+        import torch
+
+        import daskshare.models.program  # noqa: F401
+
+        dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+        dtype = dtypes[self._precision(device)]
+        if device.kind == "cuda":
+            from daskshare.models.warm_up import warm_up
+
+            warm_up(plan, device.torch_device(), dtype)
+        return dtype
+
+    def _read_weights(self, plan: NetworkPlan) -> dict[int, LayerWeights]:
+        path = fetch(self.name) if self.weights is None else Path(self.weights)
+        # First whether it is there and fits, as those errors say more than a wrong digest.
+        weights = read_weights(path, plan)
+        if self.weights is not None:
+            status = path.stat()
+            check_sha256(
+                path,
+                self.weights_sha256,
+                # In the process that made the spec the file need not be read once more.
+                got=_sha256_of_version(str(path), status.st_mtime_ns, status.st_size),
+                advice="Make the file the same on every machine, or make the model anew.",
+            )
+        return weights
 
 
 @functools.cache

@@ -183,3 +183,42 @@ def test_compiled_agrees_and_can_be_captured(load):
     # The compiled forward and its graph hold memory until they are dropped.
     del graph, outputs, compiled
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_first_batch_finds_its_kernel_compiled(precision):
+    from daskshare.kernels.first_convolution import _convolve
+    from daskshare.models.warm_up import warm_up
+
+    device = list_devices()[0]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    spec = yolov3_spec("yolov3-tiny", precision=precision)
+    _convolve.device_caches.clear()
+    warm_up(spec.plan(), device.torch_device(), dtype)
+    compiled = set(_convolve.device_caches[device.index][0])
+    assert len(compiled) == 1
+    infer(spec.load(device), np.zeros((3, 416, 416, 3), np.uint8))
+    assert set(_convolve.device_caches[device.index][0]) == compiled
+
+
+def test_batches_that_are_not_compiled_take_little_memory(load):
+    program = load()
+    network = program._network
+    batch = torch.randint(256, (16, 416, 416, 3), dtype=torch.uint8, device="cuda")
+
+    def peak_bytes():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        network.forward(batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    with torch.inference_mode():
+        split_bytes = peak_bytes()
+        rows, network._split_rows = network._split_rows, 16
+        try:
+            whole_bytes = peak_bytes()
+        finally:
+            network._split_rows = rows
+    assert split_bytes < 0.6 * whole_bytes

@@ -245,6 +245,32 @@ def test_large_layers_are_computed_frame_by_frame(tmp_path, monkeypatch):
     assert [3] in seen.values()
 
 
+def test_large_layers_are_computed_for_some_frames_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(network_module, "_LARGE_BYTES", 10_000)
+    plain, plan, _ = build(tmp_path, threshold=0.3)
+    network, _, _ = build(tmp_path, threshold=0.3)
+    network.split_large_layers(2)
+    seen = {}
+    for index, block in enumerate(network.blocks):
+        block.register_forward_hook(
+            lambda module, args, output, i=index: seen.setdefault(i, []).append(len(output))
+        )
+    batch = torch.from_numpy(frames(plan, 5))
+    with torch.inference_mode():
+        expected = plain(batch)
+        for got, same in zip(network(batch), expected, strict=True):
+            torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+        assert seen[0] == [2, 2, 1]
+        assert [5] in seen.values()
+        seen.clear()
+        # What is compiled knows its batch, and would only be made longer.
+        for got, same in zip(
+            compile_network(network, backend="eager")(batch), expected, strict=True
+        ):
+            torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+    assert [2, 2, 1] not in seen.values()
+
+
 def test_packed_weights_take_the_place_of_the_others(tmp_path):
     network, plan, _ = build(tmp_path)
     before = network.num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from dask.base import tokenize
 
+import daskshare.models.yolov3 as yolov3_module
 from daskshare.device import Device
 from daskshare.errors import (
     ChecksumError,
@@ -20,6 +22,7 @@ from daskshare.errors import (
     WeightsError,
 )
 from daskshare.models.spec import ModelSpec
+from daskshare.models.weights import file_sha256 as whole_file_sha256
 from daskshare.models.yolov3 import yolov3_spec
 from tests.networks import SMALL_CFG, random_floats, small_plan, write_darknet
 from tests.reference import disagreements, reference_frames
@@ -208,6 +211,24 @@ def test_weights_that_changed_or_went_away(custom):
     custom["weights"].unlink()
     with pytest.raises(WeightsError, match="on this machine"):
         spec.load(Device.cpu())
+
+
+def test_weights_are_hashed_once_as_long_as_the_file_stays_the_same(custom, monkeypatch):
+    hashed = []
+
+    def file_sha256(path):
+        hashed.append(path)
+        return whole_file_sha256(path)
+
+    monkeypatch.setattr(yolov3_module, "file_sha256", file_sha256)
+    yolov3_module._sha256_of_version.cache_clear()
+    spec = yolov3_spec(**custom)
+    spec.load(Device.cpu())
+    assert hashed == [str(custom["weights"])]
+    status = custom["weights"].stat()
+    os.utime(custom["weights"], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    spec.load(Device.cpu())
+    assert len(hashed) == 2
 
 
 def test_a_device_that_refuses(custom):
