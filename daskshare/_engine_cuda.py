@@ -4,6 +4,9 @@ The engine's thread enqueues, for each batch: transfers of the callers' page-loc
 slot's input buffer (copy-in stream), one CUDA graph that runs the model and copies its outputs into
 the slot's output buffers (compute stream), and the transfer of these into page-locked memory
 (copy-out stream). Events order the streams; only the collector's thread waits.
+
+Both threads give the interpreter's lock away as seldom as can be: with a dozen tasks that decode,
+each time costs them longer than the work.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from daskshare._engine_request import Group, HostOutputs, Piece, Segment, host_dtype
+from daskshare._engine_request import Group, HostOutputs, Segment, host_dtype
 from daskshare._engine_runner import Flight, Forwards, is_out_of_memory, repeat_first_row
-from daskshare._engine_staging import Arena, byte_view
+from daskshare._engine_staging import Arena, aligned, byte_view
 from daskshare.device import Device
 from daskshare.kernels.capture import CAPTURE_GATE, was_disturbed
+from daskshare.kernels.transfer import copy_async, wait_event
 from daskshare.models.spec import Program
 
 __all__ = ["CudaRunner"]
@@ -40,19 +44,29 @@ _TIMED_RUNS = 3
 
 
 class _Buffers:
-    """Where a slot's outputs go: device memory, its page-locked copy, and that as arrays."""
+    """Where a slot's outputs go: device memory in one block, and its page-locked copy."""
 
-    def __init__(self, structure: Any, leaves: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, structure: Any, leaves: Sequence[torch.Tensor], device: torch.device
+    ) -> None:
         self.structure = structure
         self.form = _form(leaves)
+        self._places: list[tuple[int, int, tuple[int, ...], np.dtype[Any]]] = []
+        dtypes = [host_dtype(leaf.dtype) for leaf in leaves]
+        size = 0
+        for leaf, dtype in zip(leaves, dtypes, strict=True):
+            num_bytes = leaf.numel() * dtype.itemsize
+            kind = torch.empty(0, dtype=dtype).numpy().dtype
+            self._places.append((size, size + num_bytes, tuple(leaf.shape), kind))
+            size += aligned(num_bytes)
+        self._device_block = torch.empty(size, dtype=torch.uint8, device=device)
+        self._host_block = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self._host_array: np.ndarray = self._host_block.numpy()
+        self._addresses = self._host_block.data_ptr(), self._device_block.data_ptr()
         self.device = [
-            torch.empty(leaf.shape, dtype=host_dtype(leaf.dtype), device=leaf.device)
-            for leaf in leaves
+            byte_view(self._device_block, start, leaf.shape[0], leaf.shape[1:], dtype)
+            for (start, *_), leaf, dtype in zip(self._places, leaves, dtypes, strict=True)
         ]
-        self.host = [
-            torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True) for leaf in self.device
-        ]
-        self.arrays: list[np.ndarray] = [leaf.numpy() for leaf in self.host]
 
     def fits(self, structure: Any, leaves: Sequence[torch.Tensor]) -> bool:
         return self.structure == structure and self.form == _form(leaves)
@@ -61,12 +75,32 @@ class _Buffers:
         for target, leaf in zip(self.device, leaves, strict=True):
             target.copy_(leaf, non_blocking=True)
 
+    def fetch(self, stream: torch.cuda.Stream) -> None:
+        """Queue the transfer into page-locked memory."""
+        copy_async(*self._addresses, self._host_array.nbytes, stream.cuda_stream)
+
+    def take(self) -> HostOutputs:
+        """What was transferred, as arrays of its own."""
+        block = self._host_array.copy()
+        return HostOutputs(
+            self.structure,
+            [
+                block[start:stop].view(dtype).reshape(shape)
+                for start, stop, shape, dtype in self._places
+            ],
+            owned=True,
+        )
+
 
 class _Slot:
     def __init__(self) -> None:
         self.block: torch.Tensor | None = None
+        #: Views of the block as batches.
+        self.batches: dict[tuple[Group, int], torch.Tensor] = {}
         self.graphs: dict[tuple[Group, int], tuple[torch.cuda.CUDAGraph, _Buffers]] = {}
         self.buffers: dict[tuple[Group, int], _Buffers] = {}
+        #: Those of the batch that runs.
+        self.running: _Buffers | None = None
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # A blocking event: the collector sleeps in the driver instead of spinning on a core.
@@ -75,7 +109,8 @@ class _Slot:
     def clear(self) -> None:
         self.graphs.clear()
         self.buffers.clear()
-        self.block = None
+        self.batches.clear()
+        self.block = self.running = None
 
 
 _Streams = tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]
@@ -145,24 +180,24 @@ class CudaRunner:
         batch = self._input(state, group, padded_size)
         self._last_group = group
         self._launches += 1
-        with torch.cuda.stream(self._copy_in):
-            self._gather(batch, segments, group, self._copy_in)
-            state.copied.record(self._copy_in)
+        self._gather(batch, segments, group, self._copy_in)
+        state.copied.record(self._copy_in)
+        wait_event(self._compute.cuda_stream, state.copied.cuda_event)
         with torch.cuda.stream(self._compute):
-            self._compute.wait_event(state.copied)
             buffers = self._run(state, (group, padded_size), batch)
-            state.computed.record(self._compute)
-        with torch.cuda.stream(self._copy_out):
-            self._copy_out.wait_event(state.computed)
-            for host, device in zip(buffers.host, buffers.device, strict=True):
-                host[:num_items].copy_(device[:num_items], non_blocking=True)
-            state.done.record(self._copy_out)
-        outputs = HostOutputs(buffers.structure, buffers.arrays)
-        return Flight(slot, segments, num_items, padded_size, outputs)
+        state.computed.record(self._compute)
+        wait_event(self._copy_out.cuda_stream, state.computed.cuda_event)
+        buffers.fetch(self._copy_out)
+        state.done.record(self._copy_out)
+        state.running = buffers
+        return Flight(slot, segments, num_items, padded_size)
 
     def collect(self, flight: Flight) -> HostOutputs:
-        self._slots[flight.slot].done.synchronize()
-        return flight.outputs
+        state = self._slots[flight.slot]
+        state.done.synchronize()
+        buffers, state.running = state.running, None
+        assert buffers is not None
+        return buffers.take()
 
     def run_now(
         self, segments: Sequence[Segment], group: Group, num_items: int, padded_size: int
@@ -247,12 +282,15 @@ class CudaRunner:
             stream.synchronize()
 
     def release(self) -> None:
-        for state in self._slots:
-            state.clear()
-        self._warm.clear()
-        self._pool = None
-        self.forwards.remove()
-        self.check_device()
+        try:
+            # An engine that died may have left a batch under way.
+            self.check_device()
+        finally:
+            for state in self._slots:
+                state.clear()
+            self._warm.clear()
+            self._pool = None
+            self.forwards.remove()
         with _IDLE_STREAMS_LOCK:
             _IDLE_STREAMS.setdefault(self._device, []).append(self._streams)
         torch.cuda.empty_cache()
@@ -262,10 +300,15 @@ class CudaRunner:
         if state.block is None or state.block.numel() < rows * group.item_bytes:
             # The graphs hold the old block's address.
             state.graphs.clear()
+            state.batches.clear()
             state.block = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
             # Written next on the copy-in stream, zeroed on this thread's current one.
             torch.cuda.current_stream(self._device).synchronize()
-        return byte_view(state.block, 0, rows, group.shape, group.dtype)
+        batch = state.batches.get((group, rows))
+        if batch is None:
+            batch = byte_view(state.block, 0, rows, group.shape, group.dtype)
+            state.batches[group, rows] = batch
+        return batch
 
     def _gather(
         self,
@@ -274,14 +317,22 @@ class CudaRunner:
         group: Group,
         stream: torch.cuda.Stream,
     ) -> None:
-        row = 0
-        for source, piece in _coalesced(segments, group):
+        target, handle = batch.data_ptr(), stream.cuda_stream
+        for address, rows, segment in _runs(segments, group):
+            piece = None if segment is None else segment.piece
             if piece is not None and piece.ready is not None:
-                stream.wait_event(piece.ready)
-                source.record_stream(stream)
-            count = source.shape[0]
-            batch[row : row + count].copy_(source, non_blocking=True)
-            row += count
+                wait_event(handle, piece.ready.cuda_event)
+            if address:
+                # The flight keeps the source until the copy has been made.
+                copy_async(target, address, rows * group.item_bytes, handle)
+            else:
+                assert segment is not None
+                first = (target - batch.data_ptr()) // max(1, group.item_bytes)
+                with torch.cuda.stream(stream):
+                    source = segment.items
+                    batch[first : first + rows].copy_(source, non_blocking=True)
+                    source.record_stream(stream)
+            target += rows * group.item_bytes
 
     def _run(self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor) -> _Buffers:
         captured = state.graphs.get(key)
@@ -295,7 +346,7 @@ class CudaRunner:
         if buffers is None or not buffers.fits(structure, leaves):
             if len(state.buffers) >= _MAX_GRAPHS_PER_SLOT:
                 state.buffers.clear()
-            buffers = state.buffers[key] = _Buffers(structure, leaves)
+            buffers = state.buffers[key] = _Buffers(structure, leaves, self._device)
         buffers.store(leaves)
         # The next batch of this kind may be captured: kernels are loaded, workspaces allocated.
         self._warm.add(key)
@@ -317,7 +368,7 @@ class CudaRunner:
         if buffers is None:
             # This slot has not run such a batch: one eager run tells the outputs' form.
             structure, leaves = self.forwards(batch)
-            buffers = state.buffers[key] = _Buffers(structure, leaves)
+            buffers = state.buffers[key] = _Buffers(structure, leaves, self._device)
             del leaves
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -368,25 +419,30 @@ class CudaRunner:
         _FAILED_CAPTURES.append(graph)
 
 
-def _coalesced(
-    segments: Sequence[Segment], group: Group
-) -> list[tuple[torch.Tensor, Piece | None]]:
-    """Sources of a batch's rows; neighbours in staging memory become one, without a piece."""
-    sources: list[tuple[torch.Tensor, Piece | None]] = []
+def _runs(segments: Sequence[Segment], group: Group) -> list[tuple[int, int, Segment | None]]:
+    """Sources of a batch's rows: addresses, or 0 for what does not lie in one piece, and rows.
+
+    Neighbours in staging memory become one, without a segment.
+    """
+    runs: list[tuple[int, int, Segment | None]] = []
     arena: Arena | None = None
     first = last = 0
 
     def flush() -> None:
         if arena is not None:
             rows = (last - first) // max(1, group.item_bytes)
-            sources.append((byte_view(arena.tensor, first, rows, group.shape, group.dtype), None))
+            runs.append((arena.address + first, rows, None))
 
     for segment in segments:
         cells = segment.piece.cells
         if cells is None:
             flush()
             arena = None
-            sources.append((segment.items, segment.piece))
+            items = segment.piece.items
+            address = items.data_ptr() if items.is_contiguous() else 0
+            if address:
+                address += segment.start * group.item_bytes
+            runs.append((address, segment.num_items, segment))
             continue
         start, stop = cells.range(segment.start, segment.stop)
         if cells.arena is not arena or start != last:
@@ -394,7 +450,7 @@ def _coalesced(
             arena, first = cells.arena, start
         last = stop
     flush()
-    return sources
+    return runs
 
 
 def _form(leaves: Sequence[torch.Tensor]) -> list[tuple[torch.Size, torch.dtype]]:

@@ -14,6 +14,9 @@ from daskshare._engine_staging import Cells
 
 __all__ = ["Group", "HostOutputs", "Piece", "Request", "Segment", "flatten", "host_dtype", "split"]
 
+#: Times its own size that a request's outputs may keep in memory.
+_MOST_KEPT = 8
+
 
 class Group(NamedTuple):
     """What the items of one batch have in common."""
@@ -27,10 +30,14 @@ class Group(NamedTuple):
 
 
 class HostOutputs(NamedTuple):
-    """A batch's outputs in host memory: their nesting, and one array (rows, ...) a tensor."""
+    """A batch's outputs in host memory: their nesting, and one array (rows, ...) a tensor.
+
+    ``owned``: nothing else writes the arrays, so that requests may keep parts of them.
+    """
 
     structure: Any
     arrays: list[np.ndarray]
+    owned: bool = False
 
 
 class Request:
@@ -72,6 +79,11 @@ class Request:
             When the model's outputs changed their form from one batch to the next.
         """
         if self.outputs is None:
+            if batch.owned and num_items == self.num_items and _may_keep(batch, num_items):
+                rows = slice(row, row + num_items)
+                self.outputs = HostOutputs(batch.structure, [a[rows] for a in batch.arrays])
+                self.remaining = 0
+                return True
             self.outputs = HostOutputs(
                 batch.structure,
                 [np.empty((self.num_items, *a.shape[1:]), a.dtype) for a in batch.arrays],
@@ -245,6 +257,11 @@ _NUMPY_DTYPES = {
 def host_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that outputs have in host memory: float32 for those NumPy lacks."""
     return dtype if dtype in _NUMPY_DTYPES else torch.float32
+
+
+def _may_keep(batch: HostOutputs, num_items: int) -> bool:
+    # A part keeps the whole batch's memory.
+    return bool(batch.arrays) and num_items * _MOST_KEPT >= batch.arrays[0].shape[0]
 
 
 def _describe(outputs: HostOutputs) -> str:

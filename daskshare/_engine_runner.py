@@ -34,8 +34,8 @@ class Flight:
         Rows that hold items.
     padded_size : int
         Rows that ran.
-    outputs : HostOutputs
-        Filled, at the latest, when :meth:`Runner.collect` returns.
+    outputs : HostOutputs or None
+        On a CPU, where they are there already.
     launched_seconds : float
         On the engine's clock.
     """
@@ -44,7 +44,7 @@ class Flight:
     segments: list[Segment]
     num_items: int
     padded_size: int
-    outputs: HostOutputs
+    outputs: HostOutputs | None = None
     launched_seconds: float = 0.0
 
 
@@ -99,7 +99,7 @@ class Runner(Protocol):
         ...
 
     def collect(self, flight: Flight) -> HostOutputs:
-        """Wait for a batch; its arrays are valid until the slot is used again."""
+        """Wait for a batch, once; its arrays are valid until the slot is used again, or owned."""
         ...
 
     def run_now(
@@ -173,6 +173,7 @@ class CpuRunner:
         return Flight(slot, segments, num_items, padded_size, self._run(batch))
 
     def collect(self, flight: Flight) -> HostOutputs:
+        assert flight.outputs is not None
         return flight.outputs
 
     def run_now(

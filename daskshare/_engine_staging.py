@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-__all__ = ["Arena", "Cells", "Staging"]
+__all__ = ["Arena", "Cells", "Staging", "aligned", "byte_view"]
 
 # Starts of cells are aligned for every dtype and for the copy engines.
 _ALIGNMENT_BYTES = 256
@@ -39,6 +39,7 @@ class Arena:
         self.num_bytes = num_bytes
         self.tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin)
         self.array: np.ndarray = self.tensor.numpy()
+        self.address = self.tensor.data_ptr()
         self._free: list[tuple[int, int]] = [(0, num_bytes)]
         self._cursor = 0
 
@@ -49,7 +50,7 @@ class Arena:
 
     def allocate(self, num_bytes: int) -> int | None:
         """Take ``num_bytes`` in one piece; their start, or None when there is no such piece."""
-        size = _aligned(num_bytes)
+        size = aligned(num_bytes)
         # Next fit: requests that follow one another lie side by side, so that one transfer
         # can move several.
         first = bisect.bisect_left(self._free, (self._cursor, 0))
@@ -67,7 +68,7 @@ class Arena:
 
     def release(self, start: int, num_bytes: int) -> None:
         """Give a range back that :meth:`allocate` handed out."""
-        stop = start + _aligned(num_bytes)
+        stop = start + aligned(num_bytes)
         i = bisect.bisect_left(self._free, (start, stop))
         if i < len(self._free) and self._free[i][0] == stop:
             stop = self._free.pop(i)[1]
@@ -139,7 +140,7 @@ class Staging:
         -----
         Under the engine's lock.
         """
-        if self._arena is None or self._arena.num_bytes < _aligned(item_bytes * self._batch_items):
+        if self._arena is None or self._arena.num_bytes < aligned(item_bytes * self._batch_items):
             # Cells of an old arena keep it until their requests are done.
             self._arena = Arena(self._size(item_bytes), pin=self._pin)
         num_items = want
@@ -153,7 +154,7 @@ class Staging:
 
     def _size(self, item_bytes: int) -> int:
         # Each item of its own request may lose up to the alignment.
-        padded = _aligned(item_bytes)
+        padded = aligned(item_bytes)
         least = 2 * self._batch_items * padded
         return max(least, min(self._max_items * padded, _MAX_ARENA_BYTES))
 
@@ -166,5 +167,5 @@ def byte_view(
     return block[start : start + size].view(dtype).view(num_items, *shape)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
     return max(1, -(-num_bytes // _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskshare._engine_cuda import _coalesced
+from daskshare._engine_cuda import _runs
 from daskshare._engine_request import Group, Piece, Request, Segment
 from daskshare._engine_staging import Arena, Staging
 
@@ -114,6 +116,13 @@ def test_neighbours_are_moved_by_one_transfer():
         Segment(pieces[2], 0, 1),
         Segment(pieces[0], 1, 2),
     ]
-    sources = _coalesced(order, group)
-    assert [s[:, 0].tolist() for s, _ in sources] == [[1, 1, 2, 2], [4], [2, 3], [1]]
-    assert [piece for _, piece in sources] == [None, device, None, None]
+    strided = Piece(5, Request(2), 0, torch.zeros(64, 2).t(), None, None)
+    order.append(Segment(strided, 0, 2))
+    runs = _runs(order, group)
+    assert [rows for _, rows, _ in runs] == [4, 1, 2, 1, 2]
+    assert [segment for _, _, segment in runs] == [None, order[2], None, None, order[6]]
+    *addresses, none = [address for address, _, _ in runs]
+    assert none == 0
+    found = [ctypes.c_float.from_address(address).value for address in addresses]
+    assert found == [1, 4, 2, 1]
+    assert addresses[1] == device.items.data_ptr() + group.item_bytes
