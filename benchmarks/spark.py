@@ -204,11 +204,10 @@ def measure_udf(report: Report, settings: dict[str, Any]) -> None:
             text=True,
             env=environment,
         )
-    # In turns and in changing order, so that what else the machine does falls on all alike.
-    for turn in range(1 + settings["repeats"]):
-        names = list(drivers)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            driver = drivers[name]
+    # In turns, so that what else the machine does falls on all alike. In one order: Spark ends a
+    # Python worker that had nothing to do for a minute, and its model with it.
+    for _ in range(1 + settings["repeats"]):
+        for driver in drivers.values():
             driver.stdin.write("go\n")
             driver.stdin.flush()
             said_by(driver, "DONE")

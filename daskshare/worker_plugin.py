@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import gc
 import json
 import logging
 import sys
@@ -117,6 +119,9 @@ def _build_share(task_threads: int) -> ModelShare:
         retained = WorkerOptions.from_config().retain_memory_bytes
         if retained is not None:
             retain_freed(retained)
+        # Else the interpreter, at its end, looks through all of torch for garbage: half a second.
+        atexit.unregister(gc.freeze)
+        atexit.register(gc.freeze)
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
