@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-import numpy as np
 import torch
 
+from daskshare._engine_buffers import Buffers, runs
 from daskshare._engine_request import Group, HostOutputs, Segment, host_dtype
 from daskshare._engine_runner import Flight, Forwards, is_out_of_memory, repeat_first_row
-from daskshare._engine_staging import Arena, aligned, byte_view
+from daskshare._engine_staging import byte_view
 from daskshare.device import Device
 from daskshare.kernels.capture import CAPTURE_GATE, was_disturbed
 from daskshare.kernels.transfer import copy_async, wait_event
@@ -43,64 +43,15 @@ _MAX_DISTURBED_CAPTURES = 8
 _TIMED_RUNS = 3
 
 
-class _Buffers:
-    """Where a slot's outputs go: device memory in one block, and its page-locked copy."""
-
-    def __init__(
-        self, structure: Any, leaves: Sequence[torch.Tensor], device: torch.device
-    ) -> None:
-        self.structure = structure
-        self.form = _form(leaves)
-        self._places: list[tuple[int, int, tuple[int, ...], np.dtype[Any]]] = []
-        dtypes = [host_dtype(leaf.dtype) for leaf in leaves]
-        size = 0
-        for leaf, dtype in zip(leaves, dtypes, strict=True):
-            num_bytes = leaf.numel() * dtype.itemsize
-            kind = torch.empty(0, dtype=dtype).numpy().dtype
-            self._places.append((size, size + num_bytes, tuple(leaf.shape), kind))
-            size += aligned(num_bytes)
-        self._device_block = torch.empty(size, dtype=torch.uint8, device=device)
-        self._host_block = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self._host_array: np.ndarray = self._host_block.numpy()
-        self._addresses = self._host_block.data_ptr(), self._device_block.data_ptr()
-        self.device = [
-            byte_view(self._device_block, start, leaf.shape[0], leaf.shape[1:], dtype)
-            for (start, *_), leaf, dtype in zip(self._places, leaves, dtypes, strict=True)
-        ]
-
-    def fits(self, structure: Any, leaves: Sequence[torch.Tensor]) -> bool:
-        return self.structure == structure and self.form == _form(leaves)
-
-    def store(self, leaves: Sequence[torch.Tensor]) -> None:
-        for target, leaf in zip(self.device, leaves, strict=True):
-            target.copy_(leaf, non_blocking=True)
-
-    def fetch(self, stream: torch.cuda.Stream) -> None:
-        """Queue the transfer into page-locked memory."""
-        copy_async(*self._addresses, self._host_array.nbytes, stream.cuda_stream)
-
-    def take(self) -> HostOutputs:
-        """What was transferred, as arrays of its own."""
-        block = self._host_array.copy()
-        return HostOutputs(
-            self.structure,
-            [
-                block[start:stop].view(dtype).reshape(shape)
-                for start, stop, shape, dtype in self._places
-            ],
-            owned=True,
-        )
-
-
 class _Slot:
     def __init__(self) -> None:
         self.block: torch.Tensor | None = None
         #: Views of the block as batches.
         self.batches: dict[tuple[Group, int], torch.Tensor] = {}
-        self.graphs: dict[tuple[Group, int], tuple[torch.cuda.CUDAGraph, _Buffers]] = {}
-        self.buffers: dict[tuple[Group, int], _Buffers] = {}
+        self.graphs: dict[tuple[Group, int], tuple[torch.cuda.CUDAGraph, Buffers]] = {}
+        self.buffers: dict[tuple[Group, int], Buffers] = {}
         #: Those of the batch that runs.
-        self.running: _Buffers | None = None
+        self.running: Buffers | None = None
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # A blocking event: the collector sleeps in the driver instead of spinning on a core.
@@ -306,6 +257,8 @@ class CudaRunner:
             torch.cuda.current_stream(self._device).synchronize()
         batch = state.batches.get((group, rows))
         if batch is None:
+            if len(state.batches) >= _MAX_GRAPHS_PER_SLOT:
+                state.batches.clear()
             batch = byte_view(state.block, 0, rows, group.shape, group.dtype)
             state.batches[group, rows] = batch
         return batch
@@ -318,7 +271,7 @@ class CudaRunner:
         stream: torch.cuda.Stream,
     ) -> None:
         target, handle = batch.data_ptr(), stream.cuda_stream
-        for address, rows, segment in _runs(segments, group):
+        for address, rows, segment in runs(segments, group):
             piece = None if segment is None else segment.piece
             if piece is not None and piece.ready is not None:
                 wait_event(handle, piece.ready.cuda_event)
@@ -334,7 +287,7 @@ class CudaRunner:
                     source.record_stream(stream)
             target += rows * group.item_bytes
 
-    def _run(self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor) -> _Buffers:
+    def _run(self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor) -> Buffers:
         captured = state.graphs.get(key)
         if captured is None and self._may_capture(state, key):
             captured = self._capture(state, key, batch)
@@ -346,7 +299,7 @@ class CudaRunner:
         if buffers is None or not buffers.fits(structure, leaves):
             if len(state.buffers) >= _MAX_GRAPHS_PER_SLOT:
                 state.buffers.clear()
-            buffers = state.buffers[key] = _Buffers(structure, leaves, self._device)
+            buffers = state.buffers[key] = Buffers(structure, leaves, self._device)
         buffers.store(leaves)
         # The next batch of this kind may be captured: kernels are loaded, workspaces allocated.
         self._warm.add(key)
@@ -363,12 +316,12 @@ class CudaRunner:
 
     def _capture(
         self, state: _Slot, key: tuple[Group, int], batch: torch.Tensor
-    ) -> tuple[torch.cuda.CUDAGraph, _Buffers] | None:
+    ) -> tuple[torch.cuda.CUDAGraph, Buffers] | None:
         buffers = state.buffers.get(key)
         if buffers is None:
             # This slot has not run such a batch: one eager run tells the outputs' form.
             structure, leaves = self.forwards(batch)
-            buffers = state.buffers[key] = _Buffers(structure, leaves, self._device)
+            buffers = state.buffers[key] = Buffers(structure, leaves, self._device)
             del leaves
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -417,41 +370,3 @@ class CudaRunner:
             return  # It was no longer recording: the capture ended as it should.
         torch._C._cuda_releasePool(self._device.index, self._pool)
         _FAILED_CAPTURES.append(graph)
-
-
-def _runs(segments: Sequence[Segment], group: Group) -> list[tuple[int, int, Segment | None]]:
-    """Sources of a batch's rows: addresses, or 0 for what does not lie in one piece, and rows.
-
-    Neighbours in staging memory become one, without a segment.
-    """
-    runs: list[tuple[int, int, Segment | None]] = []
-    arena: Arena | None = None
-    first = last = 0
-
-    def flush() -> None:
-        if arena is not None:
-            rows = (last - first) // max(1, group.item_bytes)
-            runs.append((arena.address + first, rows, None))
-
-    for segment in segments:
-        cells = segment.piece.cells
-        if cells is None:
-            flush()
-            arena = None
-            items = segment.piece.items
-            address = items.data_ptr() if items.is_contiguous() else 0
-            if address:
-                address += segment.start * group.item_bytes
-            runs.append((address, segment.num_items, segment))
-            continue
-        start, stop = cells.range(segment.start, segment.stop)
-        if cells.arena is not arena or start != last:
-            flush()
-            arena, first = cells.arena, start
-        last = stop
-    flush()
-    return runs
-
-
-def _form(leaves: Sequence[torch.Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -98,9 +98,9 @@ class InferenceStream:
     -----
     One thread uses it, the task's. That thread decodes, and hands each batch of frames to the
     engine without waiting for its results until ``requests_in_flight`` of them wait; so decoding
-    overlaps with inference, and at most ``requests_in_flight + 1`` batches are in memory, fewer
-    while the engine keeps up. The decoder is closed when the iteration ends, fails, or the
-    ``with`` block is left, and only after the engine has stopped reading its frames.
+    overlaps with inference, and at most ``requests_in_flight + 1`` batches are in memory. The
+    decoder is closed when the iteration ends, fails, or the ``with`` block is left, and only
+    after the engine has stopped reading its frames.
     """
 
     def __init__(
@@ -165,10 +165,7 @@ class InferenceStream:
         try:
             for batch in frames:
                 decoding.set(False)
-                # What is done is handed out at once, as its frames take the device's memory.
-                while waiting and (
-                    len(waiting) >= self._options.requests_in_flight or waiting[0][2].done()
-                ):
+                while len(waiting) >= self._options.requests_in_flight:
                     yield self._next(waiting)
                 if batch.source_size is None:
                     prepared = program.prepare(batch.frames)

@@ -119,9 +119,6 @@ def _build_share(task_threads: int) -> ModelShare:
         retained = WorkerOptions.from_config().retain_memory_bytes
         if retained is not None:
             retain_freed(retained)
-        # Else the interpreter, at its end, looks through all of torch for garbage: half a second.
-        atexit.unregister(gc.freeze)
-        atexit.register(gc.freeze)
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
@@ -312,6 +309,10 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         _process_share.release(self._owner)
 
     async def _close(self) -> None:
+        if self._worker.nanny:
+            # The process is the worker's own and ends with it. Without this the interpreter would
+            # look through all of torch for garbage first: half a second.
+            atexit.register(gc.freeze)
         closing = _process_share.release(self._owner)
         if closing is None:
             return

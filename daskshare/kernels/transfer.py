@@ -2,6 +2,8 @@
 
 Torch's functions give the lock away. With a dozen threads that want it, getting it back takes
 longer than the work, and who feeds the device with a hundred such calls a batch cannot keep up.
+The price: while another thread holds the driver's own lock, as it does to take memory or to open a
+decoder, a call waits for that, and all threads of the interpreter with it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any
 from daskshare.kernels.launch import LaunchError
 
 __all__ = ["copy_async", "wait_event"]
+
+_OUT_OF_MEMORY = 2
 
 
 @functools.cache
@@ -70,6 +74,8 @@ def wait_event(stream: int, event: int) -> None:
 
 
 def _check(error: int, function: str) -> None:
+    if error == _OUT_OF_MEMORY:
+        raise LaunchError(f"CUDA error: out of memory ({function}). Use smaller batches.")
     if error:
         raise LaunchError(
             f"CUDA error: {function} returned {error}; expected 0. The device may be in an "

@@ -230,7 +230,8 @@ class YoloNetwork(nn.Module):
             cannot be above the threshold are zero.
         """
         split, rows = self._num_split, self._split_rows
-        if split and len(batch) > rows and not torch.compiler.is_compiling():
+        # Not is_compiling(), which is true for all threads while one compiles.
+        if split and len(batch) > rows and not torch.compiler.is_dynamo_compiling():
             parts = [self._run(0, split, some, {}) for some in torch.split(batch, rows)]
             x = torch.cat([x for x, _, _ in parts])
             kept = {i: torch.cat([own[i] for _, own, _ in parts]) for i in parts[0][1]}

@@ -14,7 +14,8 @@ from daskshare.models.plan import NetworkPlan
 
 __all__ = ["warm_up"]
 
-# Sizes of networks are multiples of it, and Triton compiles anew for numbers that are not.
+# Input sizes are multiples of 32 in all networks that come with daskshare, and Triton compiles anew
+# for numbers that are not multiples of 16.
 _SIDE = 32
 
 
@@ -40,8 +41,7 @@ def warm_up(plan: NetworkPlan, device: torch.device, dtype: torch.dtype) -> None
     Notes
     -----
     Loads cuDNN and CuPy, and compiles the kernels that a first batch needs or reads them from
-    their caches on disk. Runs in any thread, and in one of its own besides; leaves nothing behind
-    on the device but the context and the libraries.
+    their caches on disk. Runs in any thread, and in one of its own besides.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="daskshare-load") as pool:
         # A library that is loaded beside packages that are imported.

@@ -40,6 +40,7 @@ __all__ = [
     "read_darknet",
     "read_safetensors",
     "read_weights",
+    "require_weights",
     "write_safetensors",
 ]
 
@@ -238,6 +239,18 @@ def read_safetensors(path: str | os.PathLike[str], plan: NetworkPlan) -> dict[in
         raise fail(f"it is no complete safetensors file ({error})") from error
 
 
+def require_weights(path: str | os.PathLike[str]) -> None:
+    """Raise WeightsError unless the file is there."""
+    if not Path(path).is_file():
+        raise WeightsError(
+            f"There is no weights file {path} on this machine; expected a file at the same path on "
+            "every worker. Copy it there or use a shared folder.",
+            path=str(path),
+            got_bytes=0,
+            expected_bytes=None,
+        )
+
+
 def read_weights(path: str | os.PathLike[str], plan: NetworkPlan) -> dict[int, LayerWeights]:
     """Read a file by its suffix: ``.safetensors``, or else Darknet's format.
 
@@ -250,14 +263,7 @@ def read_weights(path: str | os.PathLike[str], plan: NetworkPlan) -> dict[int, L
     -----
     Runs in a worker's loader thread.
     """
-    if not Path(path).is_file():
-        raise WeightsError(
-            f"There is no weights file {path} on this machine; expected a file at the same path on "
-            "every worker. Copy it there or use a shared folder.",
-            path=str(path),
-            got_bytes=0,
-            expected_bytes=None,
-        )
+    require_weights(path)
     if Path(path).suffix == ".safetensors":
         return read_safetensors(path, plan)
     return read_darknet(path, plan)

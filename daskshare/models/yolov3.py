@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.resources
 import json
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,13 @@ from daskshare.errors import ConfigurationError, ModelLoadError
 from daskshare.models.darknet import parse_cfg
 from daskshare.models.fetch import fetch, known_weights
 from daskshare.models.plan import NetworkPlan
-from daskshare.models.weights import LayerWeights, check_sha256, file_sha256, read_weights
+from daskshare.models.weights import (
+    LayerWeights,
+    check_sha256,
+    file_sha256,
+    read_weights,
+    require_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
     from daskshare.models.program import YoloV3Program
 
 __all__ = ["PRECISIONS", "YoloV3Spec", "yolov3_spec"]
+
+logger = logging.getLogger(__name__)
 
 #: Precisions of the network and the bytes that a weight takes.
 PRECISIONS = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -120,10 +129,18 @@ class YoloV3Spec:
         Runs in a loader thread of a worker: it may download, and reads up to 250 MB.
         """
         plan = self.plan()
+        if self.weights is not None:
+            require_weights(self.weights)
         with ThreadPoolExecutor(1, thread_name_prefix="daskshare-load") as pool:
             # Reading leaves the interpreter to others, who have a second's work to do.
             making_ready = pool.submit(self._make_ready, plan, device)
-            weights = self._read_weights(plan)
+            try:
+                weights = self._read_weights(plan)
+            except Exception:
+                lost = making_ready.exception()
+                if lost is not None:
+                    logger.warning("%s was not made ready either", device.name, exc_info=lost)
+                raise
         try:
             dtype = making_ready.result()
 

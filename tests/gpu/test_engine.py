@@ -305,6 +305,52 @@ def test_host_and_device_items_share_a_batch(start):
     assert engine.stats().batch_size_counts == {1: 1, 16: 1}
 
 
+class MixedProgram(ConvProgram):
+    """Outputs of several kinds and sizes, one of them with nothing in it."""
+
+    def compute(self, batch):
+        first = batch[:, 0, 0, 0]
+        pixels = batch[:, :2, :3].float()
+        return {
+            "bright": batch[:, 0, :3, 1] > 127,
+            "half": (pixels[:, 0, :, 2] / 4).to(torch.bfloat16),
+            "first": first.to(torch.int64) * 2**33,
+            "nothing": pixels[:, 0, :0, 0],
+            "pixels": pixels,
+        }
+
+
+def test_outputs_of_several_kinds_and_sizes(start):
+    engine, program = start(MixedProgram())
+    for seed in range(4):
+        # In a batch of sixteen with padding; each caller keeps its part of the arrays, or copies.
+        given = [frames(n, 10 * seed + n) for n in (9, 1, 3)]
+        futures = [engine.submit(Prepared(part), task=i) for i, part in enumerate(given)]
+        for future, part in zip(futures, given, strict=True):
+            got, expected = future.result(TIMEOUT), program.reference(part)
+            assert got.keys() == expected.keys()
+            for name, array in expected.items():
+                assert got[name].shape == array.shape
+                np.testing.assert_array_equal(got[name].astype(np.float64), array, strict=False)
+            assert got["bright"].dtype == bool
+            assert got["first"].dtype == np.int64
+            assert got["half"].dtype == np.float32
+
+
+def test_conjugates_are_computed_before_they_are_read(start):
+    class Complex(ConvProgram):
+        item_shape = (4,)
+        batch_sizes = ()
+
+        def compute(self, batch):
+            return {"imaginary": batch.imag}
+
+    engine, _ = start(Complex())
+    items = torch.full((3, 4), 1 + 2j, device="cuda")
+    got = [run(engine, x)["imaginary"] for x in (items, items.conj())]
+    np.testing.assert_array_equal(got, np.stack([np.full((3, 4), 2.0), np.full((3, 4), -2.0)]))
+
+
 def test_items_on_another_device_are_refused(start):
     engine, _ = start()
     with pytest.raises(InvalidInputError, match="meta"):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daskshare._engine_cuda import _runs
+from daskshare._engine_buffers import runs
 from daskshare._engine_request import Group, Piece, Request, Segment
 from daskshare._engine_staging import Arena, Staging
 
@@ -118,11 +118,21 @@ def test_neighbours_are_moved_by_one_transfer():
     ]
     strided = Piece(5, Request(2), 0, torch.zeros(64, 2).t(), None, None)
     order.append(Segment(strided, 0, 2))
-    runs = _runs(order, group)
-    assert [rows for _, rows, _ in runs] == [4, 1, 2, 1, 2]
-    assert [segment for _, _, segment in runs] == [None, order[2], None, None, order[6]]
-    *addresses, none = [address for address, _, _ in runs]
+    found = runs(order, group)
+    assert [rows for _, rows, _ in found] == [4, 1, 2, 1, 2]
+    assert [segment for _, _, segment in found] == [None, order[2], None, None, order[6]]
+    *addresses, none = [address for address, _, _ in found]
     assert none == 0
-    found = [ctypes.c_float.from_address(address).value for address in addresses]
-    assert found == [1, 4, 2, 1]
+    values = [ctypes.c_float.from_address(address).value for address in addresses]
+    assert values == [1, 4, 2, 1]
     assert addresses[1] == device.items.data_ptr() + group.item_bytes
+
+
+def test_conjugates_and_negatives_are_not_copied_as_they_lie():
+    group = Group((2,), torch.complex64)
+    items = torch.zeros((1, 2), dtype=torch.complex64)
+    order = [
+        Segment(Piece(0, Request(1), 0, x, None, None), 0, 1)
+        for x in (items, items.conj(), items._neg_view())
+    ]
+    assert [bool(address) for address, _, _ in runs(order, group)] == [True, False, False]

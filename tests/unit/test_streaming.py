@@ -178,13 +178,6 @@ def test_decoding_runs_ahead_by_the_requests_in_flight_and_no_further(in_flight)
     assert firsts == list(range(0, 20, 2))
 
 
-def test_what_is_done_is_handed_out_before_more_is_given_to_the_engine():
-    lease, source = Lease(), Source(4)
-    with stream(lease, source, options=options(requests_in_flight=3)) as batches:
-        given = [len(lease.requests) for _ in batches]
-    assert given == [1, 2, 3, 4]
-
-
 def test_the_first_result_is_there_before_the_video_is_decoded():
     lease, source = Lease(), Source(100)
     with stream(lease, source, options=options()) as batches:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
+import gc
 import pickle
-import subprocess
 import sys
 import threading
 from concurrent.futures import Future
@@ -236,25 +236,15 @@ def test_freed_memory_is_retained_on_a_cpu_if_at_all(monkeypatch, kind, option, 
         assert _build_share(1) == expected
 
 
-def test_a_process_that_ends_does_not_look_for_garbage():
-    # What is registered first runs last.
-    program = """if True:
-        import atexit, gc
-        atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))
-        import dask
-        from daskshare.worker_plugin import _build_share
-        with dask.config.set({"daskshare.host.serve": False}):
-            shares = [_build_share(1) for _ in range(2)]
-        assert not gc.get_freeze_count()
-        for share in shares:
-            share.close()
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-        capture_output=True,
-        text=True,
-        timeout=6 * TIMEOUT,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
+@pytest.mark.parametrize(("nanny", "expected"), [("tcp://nanny", [gc.freeze]), (None, [])])
+def test_a_workers_own_process_ends_without_looking_for_garbage(
+    built, monkeypatch, nanny, expected
+):
+    registered = []
+    monkeypatch.setattr(daskshare.worker_plugin.atexit, "register", registered.append)
+    plugin = DaskshareWorkerPlugin()
+    plugin._worker, plugin._owner = SimpleNamespace(nanny=nanny), object()
+    process_share().acquire(plugin._owner, task_threads=1)
+    asyncio.run(plugin._close())
+    assert registered == expected
+    assert built.shares[0].closed.is_set()

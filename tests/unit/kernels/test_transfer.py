@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from daskshare._engine_runner import is_out_of_memory
 from daskshare.kernels import transfer
 from daskshare.kernels.launch import LaunchError
 from daskshare.kernels.transfer import copy_async, wait_event
@@ -48,3 +49,10 @@ def test_a_refusal_is_an_error(calls, call, name):
     calls.answer = 700
     with pytest.raises(LaunchError, match=f"{name}.* returned 700"):
         call()
+
+
+def test_memory_that_ran_out_is_known_as_such(calls):
+    calls.answer = 2
+    with pytest.raises(LaunchError, match="cuMemcpyAsync") as caught:
+        copy_async(1, 2, 3, 4)
+    assert is_out_of_memory(caught.value)

@@ -268,6 +268,7 @@ def test_large_layers_are_computed_for_some_frames_at_a_time(tmp_path, monkeypat
             compile_network(network, backend="eager")(batch), expected, strict=True
         ):
             torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+    assert seen[0] == [5]
     assert [2, 2, 1] not in seen.values()
 
 
