@@ -182,10 +182,11 @@ class YoloV3Spec:
 
         dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         dtype = dtypes[self._precision(device)]
-        if device.kind == "cuda":
+        torch_device = device.torch_device()
+        if torch_device.type == "cuda":
             from daskshare.models.warm_up import warm_up
 
-            warm_up(plan, device.torch_device(), dtype)
+            warm_up(plan, torch_device, dtype)
         return dtype
 
     def _read_weights(self, plan: NetworkPlan) -> dict[int, LayerWeights]:
