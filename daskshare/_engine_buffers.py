@@ -65,11 +65,11 @@ class Buffers:
 
     def take(self) -> HostOutputs:
         """What was transferred, as arrays of its own."""
-        block = self._host_array.copy()
         return HostOutputs(
             self.structure,
+            # One by one: who keeps a part of a small output must not keep a large one with it.
             [
-                block[start:stop].view(dtype).reshape(shape)
+                self._host_array[start:stop].copy().view(dtype).reshape(shape)
                 for start, stop, shape, dtype in self._places
             ],
             owned=True,
