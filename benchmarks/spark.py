@@ -11,6 +11,7 @@ fed by threads of its own process; ``backpressure`` is in a module of its own. `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -110,7 +111,11 @@ def make_predict_factory(settings: dict[str, Any], log: str) -> Any:
 
 
 def udf_main(variant: str, settings: dict[str, Any]) -> None:
-    """Run a job of one variant for each line that comes in; print what was measured as JSON."""
+    """Run a job of one variant for each line that comes in; print what was measured as JSON.
+
+    ``watch`` is for memory, anything else for time: to add up the pages of large processes takes a
+    core's time, too.
+    """
     from pyspark.sql.types import IntegerType
 
     if variant == "pyspark":
@@ -125,21 +130,23 @@ def udf_main(variant: str, settings: dict[str, Any]) -> None:
         log = f"{folder}/loads"
         factory = make_predict_factory(settings, log)
         udf = predict_batch_udf(factory, return_type=IntegerType(), batch_size=16, **calls)
-        seconds = []
-        with Memory(folder) as memory:
-            for _ in sys.stdin:
+        seconds: list[float] = []
+        memory = Memory(folder)
+        for line in sys.stdin:
+            watched = line.strip() == "watch"
+            with memory if watched else contextlib.nullcontext():
                 started = time.perf_counter()
                 total = df.select(udf("image").alias("n")).groupBy().sum("n").first()[0]
-                seconds.append(time.perf_counter() - started)
-                print("DONE", flush=True)
+                if not watched:
+                    seconds.append(time.perf_counter() - started)
+            print("DONE", flush=True)
         loads = len(Path(log).read_text().splitlines())
         spark.stop()
     measured = {
         "loads": loads,
         "memory_bytes": memory.most_bytes,
-        "rows_per_second": settings["rows"] / median(seconds[1:]),
-        "first_job_seconds": seconds[0],
-        "later_jobs_seconds": seconds[1:],
+        "rows_per_second": settings["rows"] / median(seconds),
+        "jobs_seconds": seconds,
         "detections": int(total),
     }
     print("RESULT " + json.dumps(measured), flush=True)
@@ -151,10 +158,10 @@ class Memory:
     def __init__(self, folder: str) -> None:
         self.most_bytes = 0
         self._folder = folder
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory")
 
     def __enter__(self) -> Memory:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory")
         self._thread.start()
         return self
 
@@ -206,16 +213,16 @@ def measure_udf(report: Report, settings: dict[str, Any]) -> None:
         )
     # In turns, so that what else the machine does falls on all alike. In one order: Spark ends a
     # Python worker that had nothing to do for a minute, and its model with it.
-    for _ in range(1 + settings["repeats"]):
+    for turn in ("watch", *["time"] * settings["repeats"], "watch"):
         for driver in drivers.values():
-            driver.stdin.write("go\n")
+            driver.stdin.write(f"{turn}\n")
             driver.stdin.flush()
             said_by(driver, "DONE")
     for variant, driver in drivers.items():
         driver.stdin.close()
         found[variant] = json.loads(said_by(driver, "RESULT "))
         driver.wait(60)
-        shown = {k: v for k, v in found[variant].items() if k != "later_jobs_seconds"}
+        shown = {k: v for k, v in found[variant].items() if k != "jobs_seconds"}
         report.add_row(part="udf", variant=variant, **shown)
     stock = found["pyspark"]
     for variant, name in (("daskshare", ""), ("several calls", ", concurrent_calls")):
@@ -223,7 +230,7 @@ def measure_udf(report: Report, settings: dict[str, Any]) -> None:
         report.add_bar(f"loads{name}", ours["loads"], "loads", bound=1, comparison="<=")
         ratio = ours["memory_bytes"] / stock["memory_bytes"]
         report.add_bar(f"memory against pyspark's{name}", ratio, "x", bound=0.5, comparison="<=")
-        turns = zip(stock["later_jobs_seconds"], ours["later_jobs_seconds"], strict=True)
+        turns = zip(stock["jobs_seconds"], ours["jobs_seconds"], strict=True)
         ratio = median(theirs / own for theirs, own in turns)
         report.add_bar(f"rows/s against pyspark's{name}", ratio, "x", bound=1.0)
         same = float(stock["detections"] == ours["detections"] > 0)
@@ -454,7 +461,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=512, help="images of a Spark job")
     parser.add_argument("--tasks", type=int, default=4, help="of Spark at once")
-    parser.add_argument("--repeats", type=int, default=2, help="of each Spark job, the best counts")
+    parser.add_argument("--repeats", type=int, default=2, help="of each Spark job")
     parser.add_argument("--seconds", type=float, default=4.0, help="of the other measurements")
     parser.add_argument("--clients", type=int, help="processes; default 16 on a GPU, 4 without")
     parser.add_argument("--request-frames", type=int, default=16)

@@ -172,13 +172,13 @@ class Replica:
 
     __slots__ = (
         "condemned",
+        "finished",
         "heap_seconds",
         "in_flight",
         "last_used_seconds",
         "missing_reports",
         "model",
         "num_bytes",
-        "observed",
         "rate",
         "reason",
         "since_seconds",
@@ -199,8 +199,8 @@ class Replica:
         self.last_used_seconds = now_seconds
         self.in_flight = 0
         self.missing_reports = 0
-        # Tasks whose duration was looked at, or passed over.
-        self.observed = 0
+        # Tasks that succeeded.
+        self.finished = 0
         self.rate = 0.0
         self.speed_class: SpeedClass | None = None
         # Key of its one valid entry in the speed class's heap.

@@ -90,13 +90,17 @@ class Dispatcher(Books):
         # None offers itself meanwhile.
         offered = [group for group in model.classes.values() if group.heap]
         alone = len(contest) == 1
+        one_speed = len(model.classes) < 2
         turn = (seconds, index)
         before = len(out)
-        while worker.is_open and (alone or (self._soonest_seconds(worker), index) <= turn):
+        in_flight, limit = worker.in_flight, worker.limit if worker.is_open else 0
+        while len(in_flight) < limit and (alone or (self._soonest_seconds(worker), index) <= turn):
             task = queue.head()
             if task is None or task.dependencies:
                 break
-            if not self._worthwhile(task, replica) or (offered and self._has_rival(replica)):
+            if not (one_speed or self._worthwhile(task, replica)) or (
+                offered and self._has_rival(replica)
+            ):
                 break
             self._book(task, replica, now_seconds, out, _SLOT_CAME_FREE)
             if not alone:

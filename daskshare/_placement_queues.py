@@ -13,9 +13,6 @@ from daskshare._placement_types import PlacementOptions
 
 __all__ = ["Books"]
 
-#: The durations of so many tasks of a replica all say how fast it is, later one in so many.
-OBSERVED_FIRST = 32
-OBSERVED_ONE_IN = 8
 #: Dependencies that move faster than this are no reason to prefer a worker.
 SMALL_TRANSFER_SECONDS = 0.01
 
@@ -165,9 +162,6 @@ class Books:
         """Learn a device's speed from a task that is done."""
         replica = task.replica
         assert replica is not None
-        replica.observed += 1
-        if replica.observed > OBSERVED_FIRST and replica.observed % OBSERVED_ONE_IN:
-            return
         assert task.decision is not None
         worker = replica.worker
         device = worker.device

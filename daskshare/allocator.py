@@ -145,8 +145,9 @@ class Allocator:
 
     def transition(self, key: Key, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
         """Follow a held task through Dask's states."""
-        # Called for each step of each task, so the common cases come first.
-        if finish == "processing":
+        # Called for each step of each task, so the common cases come first. A task that Dask found
+        # no worker for is told of twice, the first time with no change.
+        if finish == "processing" or finish == start:
             return
         held = self._find_held(key)
         if held is None:
