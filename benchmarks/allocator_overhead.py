@@ -6,13 +6,24 @@ because a shared machine is faster at one time than at another. Both have two wo
 threads as a GPU's worker has. Beside the wall time of a task, the time that the scheduler's event
 loop computes for it is given: where the machine does other things as well, only that one means
 something.
+
+Schedulers and workers are processes of ``dask scheduler`` and ``dask worker``, as of a cluster of
+machines; with ``--deploy local`` each scheduler is in a process with its client, as a
+``LocalCluster`` has it. Python's garbage collector then looks at the client's objects, too, and
+three times as often, as Dask's commands make it look less.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -53,6 +64,50 @@ def measure(client: Client, model: SharedModel, num_tasks: int) -> dict[str, flo
     }
 
 
+@contextmanager
+def local_cluster(workers: int, threads: int) -> Iterator[Client]:
+    """A scheduler in this process."""
+    with (
+        dask.config.set({"distributed.worker.profile.enabled": False}),
+        LocalCluster(n_workers=workers, threads_per_worker=threads, dashboard_address=":0") as made,
+        Client(made, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[None]:
+    """A process of Dask's command line."""
+    command = [sys.executable, "-m", "dask", *arguments]
+    environment = {
+        **os.environ,
+        "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+        "DASK_LOGGING__DISTRIBUTED": "warning",
+    }
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def process_cluster(workers: int, threads: int) -> Iterator[Client]:
+    """A scheduler and workers in processes of their own."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        common = ("--scheduler-file", str(folder / "scheduler.json"))
+        ports = ("--port", "0", "--dashboard-address", ":0")
+        stack.enter_context(running("scheduler", *common, *ports))
+        for _ in range(workers):
+            options = ("--nthreads", str(threads), "--no-dashboard", "--memory-limit", "0")
+            stack.enter_context(running("worker", *common, *options))
+        client = Client(scheduler_file=common[1], timeout=60, set_as_default=False)
+        stack.enter_context(client)
+        client.wait_for_workers(workers, timeout=60)
+        yield client
+
+
 def main() -> int:
     """Measure and report."""
     parser = argument_parser(__doc__)
@@ -60,6 +115,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=16, help="of each worker")
+    parser.add_argument("--deploy", choices=("processes", "local"), default="processes")
     arguments = parser.parse_args()
     report = Report(
         "allocator_overhead",
@@ -68,20 +124,15 @@ def main() -> int:
             "rounds": arguments.rounds,
             "workers": arguments.workers,
             "threads": arguments.threads,
+            "deploy": arguments.deploy,
         },
     )
     model = SharedModel(FakeSpec(name="carried"))
     with ExitStack() as stack:
         clients = {}
         for name in ("dask", "daskshare"):
-            with dask.config.set({"distributed.worker.profile.enabled": False}):
-                cluster = LocalCluster(
-                    n_workers=arguments.workers,
-                    threads_per_worker=arguments.threads,
-                    dashboard_address=":0",
-                )
-            stack.enter_context(cluster)
-            clients[name] = stack.enter_context(Client(cluster, set_as_default=False))
+            cluster = process_cluster if arguments.deploy == "processes" else local_cluster
+            clients[name] = stack.enter_context(cluster(arguments.workers, arguments.threads))
         daskshare.install(clients["daskshare"])
         daskshare.load(clients["daskshare"], model, replicas=arguments.workers)
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in clients}

@@ -115,7 +115,13 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> lis
 
 @main.command(short_help="Find objects in videos and write them as Parquet.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the results.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="Folder for the results of these videos; those of others in it are replaced.",
+)
 @click.option(
     "--model",
     metavar="NAME",

@@ -64,7 +64,8 @@ def detect(
     Calling it again after a kill, a failure or an interrupt does only what is missing. A changed
     model, option or source file is worked on again, and when the call returns, the folder holds
     exactly what this call asked for: parts of other settings or videos are removed then, files
-    of others never.
+    of others never. So videos of one folder belong in one call, and each call into a folder of its
+    own.
 
     Parameters
     ----------
@@ -99,7 +100,8 @@ def detect(
     ConfigurationError
         When an argument is wrong, or the model is no detector.
     OutputError
-        When the folder cannot be used, holds foreign Parquet files, or another run writes to it.
+        When the folder cannot be used, holds foreign Parquet files, or another run writes to it;
+        when it holds earlier results and no video can be read that would replace them.
     ModelError
         When the model cannot be loaded.
     DaskshareError
@@ -186,6 +188,9 @@ def detect_on(
                 connected()
             chunks = probing.result()
         plan = plan_run(chunks, existing, model_key=model.spec.key, decoder=options.decoder)
+        if existing and plan.unreadable and not plan.todo and not plan.keep:
+            # A mistyped path, perhaps: results that are there must not go for nothing.
+            raise _nothing_to_replace_with(folder, list(plan.unreadable.values()), len(existing))
         folder.begin(plan.keep, work_left=bool(plan.todo))
         logger.info(
             "%s: %d chunks to do, %d kept of an earlier run, %d that cannot be read",
@@ -226,6 +231,19 @@ def _probe(
         if given and all(isinstance(p, VideoChunk) for p in given):
             return given
     return probe_videos(paths, chunk_seconds=chunk_seconds, storage_options=storage_options)
+
+
+def _nothing_to_replace_with(
+    folder: OutputFolder, unreadable: list[ChunkRecord], num_parts: int
+) -> OutputError:
+    first = unreadable[0]
+    return OutputError(
+        f"None of {len(unreadable)} videos can be read ({first.video}: {first.error}), and "
+        f"{folder.path} holds {num_parts} parts of earlier results, which were left alone; "
+        "expected a video that can be read. Correct the paths, or use another output folder.",
+        path=str(folder.path),
+        parts=num_parts,
+    )
 
 
 class _Run:

@@ -245,6 +245,15 @@ def test_videos_no_longer_asked_for_leave_the_folder(detect, videos):
     assert len(parts(second.output)) == 6
 
 
+def test_a_call_that_can_read_nothing_leaves_earlier_results_alone(detect, videos):
+    first = detect(videos)
+    before, chunks = parts(first.output), first.chunks_path.read_bytes()
+    with pytest.raises(OutputError, match=rf"nofile\.mp4.*{len(before)} parts"):
+        detect([videos[0].with_name("nofile.mp4")])
+    assert parts(first.output) == before
+    assert first.chunks_path.read_bytes() == chunks
+
+
 def test_a_file_that_is_no_video_is_one_row_and_the_others_go_on(detect, videos):
     bad = videos[0].with_name("bad.mp4")
     bad.write_bytes(b"no video at all")

@@ -175,7 +175,7 @@ def test_a_partition_of_video_gives_rows(client):
     assert counted("decoder_pyav") == 2
 
 
-def test_a_failed_load_is_an_error_at_the_task_and_the_next_call_tries_again(client):
+def test_a_failed_load_is_an_error_at_each_task_and_other_models_load(client):
     model = SharedModel(FakeSpec(name="absent", load_error="weights.bin does not exist"))
     for _ in range(2):
         future = client.submit(model, np.ones((1, 2)), pure=False)
