@@ -163,7 +163,8 @@ def plot(report: Report, path: Path) -> None:
         (line,) = axes.plot(counts, [row["frames_per_second"] for row in rows], "o-", label=way)
         first = rows[0]["frames_per_second"] / rows[0]["gpus"]
         axes.plot(counts, [first * count for count in counts], "--", color=line.get_color(), lw=1)
-    axes.set(xlabel="GPUs", ylabel="frames/s", ylim=(0, None), xticks=counts)
+    axes.set(xlabel="GPUs", ylabel="frames/s", ylim=(0, None))
+    axes.set_xticks(sorted({row["gpus"] for row in report.rows}))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
