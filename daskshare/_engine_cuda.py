@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -26,7 +25,8 @@ from daskshare._engine_runner import Flight, Forwards, is_out_of_memory, repeat_
 from daskshare._engine_staging import byte_view
 from daskshare.device import Device
 from daskshare.kernels.capture import CAPTURE_GATE, was_disturbed
-from daskshare.kernels.transfer import copy_async, wait_event
+from daskshare.kernels.streams import STREAMS, CurrentStream
+from daskshare.kernels.transfer import Event, copy_async, wait_event
 from daskshare.models.spec import Program
 
 __all__ = ["CudaRunner"]
@@ -52,10 +52,8 @@ class _Slot:
         self.buffers: dict[tuple[Group, int], Buffers] = {}
         #: Those of the batch that runs.
         self.running: Buffers | None = None
-        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # A blocking event: the collector sleeps in the driver instead of spinning on a core.
-        self.done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self.copied, self.computed = Event(), Event()
+        self.done = Event(blocking=True)
 
     def clear(self) -> None:
         self.graphs.clear()
@@ -64,20 +62,7 @@ class _Slot:
         self.block = self.running = None
 
 
-_Streams = tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]
-
-# A library's workspaces (cuBLAS takes 32 MiB) belong to a stream and stay when its user is gone:
-# models that come and go take the streams of those before them.
-_IDLE_STREAMS: dict[torch.device, list[_Streams]] = {}
-_IDLE_STREAMS_LOCK = threading.Lock()
-
-
-def _take_streams(device: torch.device) -> _Streams:
-    with _IDLE_STREAMS_LOCK:
-        idle = _IDLE_STREAMS.get(device)
-        if idle:
-            return idle.pop()
-    return (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream())  # type: ignore[no-untyped-call]
+_STREAMS = ("copy-in", "compute", "copy-out")
 
 
 class CudaRunner:
@@ -109,7 +94,7 @@ class CudaRunner:
         self._warm: set[tuple[Group, int]] = set()
         self._launches = self._disturbed_captures = self._capture_not_before = 0
         with torch.cuda.device(self._device):
-            self._streams = _take_streams(self._device)
+            self._streams = [STREAMS.take(device.index, purpose) for purpose in _STREAMS]
             self._copy_in, self._compute, self._copy_out = self._streams
             self._slots = [_Slot() for _ in range(slots)]
         self._pool: Any = None
@@ -133,11 +118,11 @@ class CudaRunner:
         self._launches += 1
         self._gather(batch, segments, group, self._copy_in)
         state.copied.record(self._copy_in)
-        wait_event(self._compute.cuda_stream, state.copied.cuda_event)
-        with torch.cuda.stream(self._compute):
+        state.copied.hold(self._compute)
+        with CurrentStream(self._compute):
             buffers = self._run(state, (group, padded_size), batch)
         state.computed.record(self._compute)
-        wait_event(self._copy_out.cuda_stream, state.computed.cuda_event)
+        state.computed.hold(self._copy_out)
         buffers.fetch(self._copy_out)
         state.done.record(self._copy_out)
         state.running = buffers
@@ -242,8 +227,8 @@ class CudaRunner:
             self._warm.clear()
             self._pool = None
             self.forwards.remove()
-        with _IDLE_STREAMS_LOCK:
-            _IDLE_STREAMS.setdefault(self._device, []).append(self._streams)
+        for stream, purpose in zip(self._streams, _STREAMS, strict=True):
+            STREAMS.give_back(stream, purpose)
         torch.cuda.empty_cache()
 
     def _input(self, state: _Slot, group: Group, rows: int) -> torch.Tensor:
@@ -281,7 +266,7 @@ class CudaRunner:
             else:
                 assert segment is not None
                 first = (target - batch.data_ptr()) // max(1, group.item_bytes)
-                with torch.cuda.stream(stream):
+                with CurrentStream(stream):
                     source = segment.items
                     batch[first : first + rows].copy_(source, non_blocking=True)
                     source.record_stream(stream)

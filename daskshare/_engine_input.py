@@ -76,6 +76,8 @@ def as_items(
             "expected them there or in host memory. Move them with .to().",
             model=model,
         )
+    if type(items) is torch.Tensor and not items.requires_grad:
+        return items
     tensor: torch.Tensor = items.detach()
     return tensor
 

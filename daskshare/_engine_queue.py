@@ -17,6 +17,7 @@ from daskshare._engine_input import host_tensor
 from daskshare._engine_request import Group, Piece, Request, Segment
 from daskshare._engine_staging import Cells, Staging
 from daskshare.batching import DynamicBatcher
+from daskshare.kernels.streams import pending_work
 
 __all__ = ["RequestQueue"]
 
@@ -69,15 +70,14 @@ class RequestQueue:
         with self.lock:
             self._check_open()
             self.requests.add(request)
-        ready = None
+        staged, ready = self._staging is not None, None
         if isinstance(items, torch.Tensor) and items.is_cuda:
-            ready = torch.cuda.current_stream(items.device).record_event()
-        staged = self._staging is not None and ready is None
+            staged, ready = False, pending_work(items.device.index)
         offset = 0
         try:
             while offset < request.num_items and not request.finished:
                 count, cells = self._reserve(request.num_items - offset, group, staged)
-                part = items[offset : offset + count]
+                part = items if count == request.num_items else items[offset : offset + count]
                 try:
                     if cells is None:
                         piece_items = host_tensor(part)

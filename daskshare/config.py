@@ -107,7 +107,7 @@ class EngineOptions:
 
     max_batch_size: int | None = None
     max_wait_seconds: float = 0.01
-    slots: int = 2
+    slots: int = 3
     queue_batches: int = 4
     compile: str | bool = "auto"
     cuda_graphs: bool = True
@@ -207,8 +207,8 @@ class VideoOptions:
     """
 
     chunk_seconds: float = 10.0
-    frames_per_request: int = 16
-    requests_in_flight: int = 3
+    frames_per_request: int = 32
+    requests_in_flight: int = 1
     decoder: str = "auto"
     decoder_sessions: int | None = None
 
@@ -242,10 +242,18 @@ class WorkerOptions:
         worker has task threads, and no more than the cores that the process may use.
     retain_memory_bytes : int or None
         What malloc keeps of freed memory on a worker without a GPU; ``None``: as Dask set it.
+    profile_interval_seconds : float or None
+        How often Dask's profiler looks at the tasks of a GPU's worker, at most; ``None``: as Dask
+        is configured.
+    freeze_imports : bool
+        Whether Python's searches for garbage leave out what a GPU's worker process has imported
+        when it starts.
     """
 
     torch_threads: int | None = None
     retain_memory_bytes: int | None = 64 * 2**20
+    profile_interval_seconds: float | None = 0.1
+    freeze_imports: bool = True
 
     @classmethod
     def from_config(cls) -> Self:
@@ -261,9 +269,14 @@ class WorkerOptions:
         retained = None if got is None else _num_bytes(got)
         if retained is not None and not 1 < retained <= MAX_RETAINED_BYTES:
             raise _fail("worker.retain-memory", got, "bytes below 2 GiB such as '64 MiB', or null")
+        interval = _get("worker.profile-interval")
         return cls(
             torch_threads=None if threads is None else _integer("worker.torch-threads"),
             retain_memory_bytes=retained,
+            profile_interval_seconds=None
+            if interval is None
+            else _seconds("worker.profile-interval"),
+            freeze_imports=_choice("worker.freeze-imports", (True, False)),
         )
 
 

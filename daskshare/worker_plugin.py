@@ -21,6 +21,7 @@ from distributed.comm.addressing import get_address_host
 from distributed.protocol.pickle import dumps, loads
 
 from daskshare._malloc import retain_freed
+from daskshare._worker_pauses import keep_imports, profile_less
 from daskshare._worker_report import RecentRates, batch_bins, for_heartbeat
 from daskshare.config import EngineOptions, FlightOptions, HostOptions, ShareOptions, WorkerOptions
 from daskshare.dashboard.metrics import WORKER_METRICS
@@ -34,7 +35,7 @@ from daskshare.option_names import check_option_names
 from daskshare.streaming import stream_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from daskshare.flight import FlightEndpoint
     from daskshare.host import WorkerHost
@@ -72,12 +73,12 @@ class _ProcessShare:
         #: By this, workers of one process are known to share one copy.
         self.id = ""
 
-    def acquire(self, owner: object, *, task_threads: int) -> Future[ModelShare]:
+    def acquire(self, owner: object, *, task_threads: int, own_process: bool) -> Future[ModelShare]:
         with self._lock:
             self._owners.add(owner)
             if self._build is None:
                 self.id = uuid.uuid4().hex
-                self._build = _in_thread("daskshare-build", _build_share, task_threads)
+                self._build = _in_thread("daskshare-build", _build_share, task_threads, own_process)
             return self._build
 
     def release(self, owner: object) -> Future[None] | None:
@@ -108,7 +109,7 @@ def _in_thread(name: str, function: Any, *args: Any) -> Future[Any]:
     return future
 
 
-def _build_share(task_threads: int) -> ModelShare:
+def _build_share(task_threads: int, own_process: bool) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
@@ -122,6 +123,8 @@ def _build_share(task_threads: int) -> ModelShare:
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
+    if own_process and _computes_on_gpu(share) and WorkerOptions.from_config().freeze_imports:
+        keep_imports()
     options = HostOptions.from_config()
     # Unix sockets that tell who is at the other end are Linux's.
     if options.serve and sys.platform == "linux":
@@ -129,6 +132,10 @@ def _build_share(task_threads: int) -> ModelShare:
 
         _hosts[share] = WorkerHost(share, options)
     return share
+
+
+def _computes_on_gpu(share: ModelShare) -> bool:
+    return share.device.torch_device().type == "cuda"
 
 
 #: Through which other processes of this machine use a share.
@@ -278,17 +285,24 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         self._flight: FlightEndpoint | None = None
         self._latest: dict[str, Any] = {}
         self._refreshing: Future[dict[str, Any]] | None = None
+        self._profile_as_before: Callable[[], None] | None = None
         self._reporter = ThreadPoolExecutor(1, thread_name_prefix="daskshare-report")
         worker.metrics[PLUGIN_NAME] = self.heartbeat_report
         worker.handlers["daskshare_load"] = self.load_model
         worker.handlers["daskshare_unload"] = self.unload_model
         WORKER_METRICS.add(self._owner, lambda: self._latest)
-        build = _process_share.acquire(self._owner, task_threads=worker.state.nthreads)
+        # Under a nanny, a process is the worker's own.
+        build = _process_share.acquire(
+            self._owner, task_threads=worker.state.nthreads, own_process=worker.nanny is not None
+        )
         build.add_done_callback(self._on_built)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """Give the share up; the process's last worker closes it."""
         worker.metrics.pop(PLUGIN_NAME, None)
+        if self._profile_as_before is not None:
+            self._profile_as_before()
+            self._profile_as_before = None
         WORKER_METRICS.remove(self._owner)
         # The handlers stay, to answer with an error: without one, a call is never answered.
         self._reporter.shutdown(wait=False, cancel_futures=True)
@@ -402,10 +416,18 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         if error is not None:
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
-        elif (reason := self._serve_flight(build.result())) is not None:
-            event["flight_error"] = reason
+        else:
+            if _computes_on_gpu(build.result()):
+                self._worker.loop.add_callback(self._profile_less)
+            if (reason := self._serve_flight(build.result())) is not None:
+                event["flight_error"] = reason
         # Called in the building thread, or at once when another worker of the process has built.
         self._worker.loop.add_callback(self._changed, event)
+
+    def _profile_less(self) -> None:
+        interval_seconds = WorkerOptions.from_config().profile_interval_seconds
+        if interval_seconds is not None and self._worker.plugins.get(PLUGIN_NAME) is self:
+            self._profile_as_before = profile_less(self._worker, interval_seconds)
 
     def _log_event(self, event: dict[str, Any]) -> None:
         if self._worker.status not in (Status.closing, Status.closed, Status.failed):

@@ -8,11 +8,20 @@ is tried again.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-__all__ = ["CAPTURE_GATE", "CaptureGate", "was_disturbed"]
+__all__ = ["CAPTURE_GATE", "CaptureGate", "undisturbed", "was_disturbed"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MAX_TRIES = 4
 
 
 class CaptureGate:
@@ -95,3 +104,37 @@ def was_disturbed(error: BaseException) -> bool:
     return any(sign in text for sign in _OF_THE_DRIVER for text in texts) and not any(
         sign in text for sign in _FORBIDDEN for text in texts
     )
+
+
+def undisturbed(work: Callable[[], T]) -> T:
+    """Do what takes long beside other threads' captures, again when one of them spoilt it.
+
+    Parameters
+    ----------
+    work : callable
+        Works on a stream of its own. A capture that another thread's work makes invalid may also
+        show in what this one does meanwhile.
+
+    Returns
+    -------
+    object
+        What ``work`` returns.
+
+    Raises
+    ------
+    Exception
+        Whatever ``work`` raises that is not such an error, or the last of several.
+    """
+    tries = 0
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            tries += 1
+            if tries == _MAX_TRIES or not was_disturbed(error):
+                raise
+            # Its frames hold what was made so far.
+            traceback.clear_frames(error.__traceback__)
+            logger.info("Disturbed by the capture of a CUDA graph, and tried again: %s", error)
+        with CAPTURE_GATE.disturbing():
+            pass  # until the captures of now have ended

@@ -12,9 +12,11 @@ import ctypes
 import functools
 from typing import Any
 
+import torch
+
 from daskshare.kernels.launch import LaunchError
 
-__all__ = ["copy_async", "wait_event"]
+__all__ = ["Event", "copy_async", "stream_is_idle", "wait_event"]
 
 _OUT_OF_MEMORY = 2
 
@@ -29,7 +31,69 @@ def _driver() -> Any:
         ctypes.c_void_p,
     ]
     driver.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+    driver.cuStreamQuery.argtypes = [ctypes.c_void_p]
+    driver.cuEventRecord.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    driver.cuEventQuery.argtypes = [ctypes.c_void_p]
     return driver
+
+
+class Event:
+    """A point in a stream's work, to be recorded again and again.
+
+    Parameters
+    ----------
+    blocking : bool
+        Whether who waits sleeps in the driver instead of spinning on a core.
+
+    Notes
+    -----
+    The first :meth:`record` is torch's, which makes the event; from then on the stream's device
+    must be current in the threads that record.
+    """
+
+    def __init__(self, *, blocking: bool = False) -> None:
+        self._event = torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
+        self._handle = 0
+
+    def record(self, stream: torch.cuda.Stream) -> None:
+        """Move it to the end of what is queued on a stream.
+
+        Raises
+        ------
+        LaunchError
+            When the driver refuses.
+        """
+        if self._handle:
+            _check(_driver().cuEventRecord(self._handle, stream.cuda_stream), "cuEventRecord")
+        else:
+            self._event.record(stream)
+            self._handle = self._event.cuda_event
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Let what is queued on a stream from now on wait for it; see :func:`wait_event`."""
+        wait_event(stream.cuda_stream, self._handle)
+
+    def synchronize(self) -> None:
+        """Wait until the device has reached it; keeps the lock when it has."""
+        if not self._handle or _driver().cuEventQuery(self._handle):
+            self._event.synchronize()
+
+
+def stream_is_idle(stream: int) -> bool:
+    """Whether all that was queued on a stream is done.
+
+    Parameters
+    ----------
+    stream : int
+        Its CUDA handle; 0 is the default stream of the device that is current in the driver.
+
+    Returns
+    -------
+    bool
+        False also when the driver cannot say, as when no device is current in this thread.
+    """
+    idle: bool = _driver().cuStreamQuery(stream) == 0
+    return idle
 
 
 def copy_async(target: int, source: int, num_bytes: int, stream: int) -> None:

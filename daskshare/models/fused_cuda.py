@@ -187,11 +187,13 @@ class CudaOperations(TorchOperations):
     def stem(self, step: Stem, target: torch.Tensor) -> Call:
         first, second = self._weights(step.first), self._weights(step.second)
         plan = self.network.plan
+        # Torch's own generator fails while another thread captures a graph.
         frames = torch.randint(
             256,
             (target.shape[0], plan.height, plan.width, 3),
             dtype=torch.uint8,
             device=target.device,
+            generator=torch.Generator(device=target.device).manual_seed(0),
         )
 
         def make(tile: StemTile) -> Callable[[], None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from daskshare.config import ModelsOptions
 from daskshare.errors import InvalidInputError
+from daskshare.kernels.capture import undisturbed
 from daskshare.kernels.postprocess import greedy_nms, greedy_nms_cuda
 from daskshare.kernels.preprocess import (
     Letterbox,
@@ -18,6 +21,7 @@ from daskshare.kernels.preprocess import (
     letterbox_host,
     letterbox_kernel,
 )
+from daskshare.kernels.streams import STREAMS
 from daskshare.models.fetch import cache_directory
 from daskshare.models.lanes import RowLanes
 from daskshare.models.network import Candidates, YoloNetwork, compile_network
@@ -267,17 +271,17 @@ class YoloV3Program:
         """
         if not self._cuda:
             return None
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with (
-            torch.inference_mode(),
-            torch.cuda.device(self._device),
-            torch.cuda.stream(stream),
-        ):
-            candidates, description = self._fast_candidates(batch_size)
-            forward = CompiledForward(candidates, self._suppress, description)
-            shape = (batch_size, *self.letterbox_size, 3)
-            forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
-        stream.synchronize()
+        with torch.cuda.device(self._device):
+            stream = STREAMS.take(torch.cuda.current_device(), "compile")
+        try:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                candidates, description = self._fast_candidates(batch_size)
+                forward = CompiledForward(candidates, self._suppress, description)
+                shape = (batch_size, *self.letterbox_size, 3)
+                forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+        finally:
+            stream.synchronize()
+            STREAMS.give_back(stream, "compile")
         return forward
 
     def _fast_candidates(self, batch_size: int) -> tuple[Callable[[torch.Tensor], Candidates], str]:
@@ -288,9 +292,10 @@ class YoloV3Program:
         # Imported here: its kernels need packages that machines without a GPU lack.
         from daskshare.models.fused_build import FusedUnavailableError, build_fused
 
+        folder = cache_directory() / "tuning"
         try:
-            candidates, operations, _ = build_fused(
-                self._network, batch_size, folder=cache_directory() / "tuning"
+            candidates, operations, _ = undisturbed(
+                partial(build_fused, self._network, batch_size, folder=folder)
             )
         except FusedUnavailableError as error:
             if wanted is True:
@@ -316,13 +321,21 @@ class YoloV3Program:
         """
         if not self._cuda:
             outputs = self._suppressed(outputs)
-        # All frames' rows at once: many callers share one interpreter.
-        counts = np.asarray(outputs["count"])
-        found = np.arange(outputs["confidence"].shape[1]) < counts[:, None]
-        boxes = outputs["boxes"][found]
-        confidence = outputs["confidence"][found].astype(np.float32, copy=False)
-        class_id = outputs["class_id"][found].astype(np.int16)
-        stops = np.cumsum(counts).tolist()
+        # All frames' rows at once, by what keeps the interpreter's lock: a mask of thousands of
+        # rows, most of them empty, would give it away.
+        counts = outputs["count"].tolist()
+        if not counts:
+            return []
+
+        def rows_of(name: str) -> np.ndarray:
+            return np.concatenate(
+                [rows[:count] for rows, count in zip(outputs[name], counts, strict=True)]
+            )
+
+        boxes = rows_of("boxes")
+        confidence = rows_of("confidence").astype(np.float32, copy=False)
+        class_id = rows_of("class_id").astype(np.int16)
+        stops = itertools.accumulate(counts)
         same = all(box is context[0] for box in context)
         if same:
             boxes = context[0].to_source(boxes)

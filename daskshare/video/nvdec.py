@@ -211,8 +211,6 @@ class NvdecFrames:
         self.problem = rest.problem
 
     def _from_gpu(self) -> Iterator[FrameBatch]:
-        import torch
-
         chunk, key = self._chunk, _key(self._chunk, self._device)
         stream = decode.video_stream(self._container, chunk)
         conversion = decode.stream_conversion(stream)
@@ -239,8 +237,9 @@ class NvdecFrames:
                     placed += len(some)
                     del surfaces[: len(some)]
                     if placed == end:
-                        with torch.cuda.stream(session.stream):
-                            finished = self._finished(batch[: end - begun], begun, pts)
+                        if end - begun < capacity:
+                            batch = batch[: end - begun]
+                        finished = self._finished(batch, begun, pts, session)
                         complete.append((end, finished, session.mark()))
                         del finished
                         batch = None
@@ -340,13 +339,12 @@ class NvdecFrames:
         if numbers.errors:
             raise NvdecFailed(f"reading broke off: {numbers.last_error}")
 
-    def _finished(self, frames: torch.Tensor, emitted: int, pts: Any) -> FrameBatch:
-        import torch
-
-        turns = self._chunk.rotation // 90
+    def _finished(
+        self, frames: torch.Tensor, emitted: int, pts: Any, session: NvdecSession
+    ) -> FrameBatch:
         count = len(frames)
-        if turns:
-            frames = torch.rot90(frames, turns, dims=(1, 2)).contiguous()
+        if self._chunk.rotation:
+            frames = session.turned(frames, self._chunk.rotation // 90)
         return FrameBatch(
             frames=frames,
             first_frame=self._chunk.first_frame + emitted,

@@ -16,6 +16,8 @@ from daskshare.kernels.colour import YuvConversion, surface_to_rgb
 if TYPE_CHECKING:
     import torch
 
+    from daskshare.kernels.transfer import Event
+
 __all__ = [
     "BIT_DEPTHS",
     "CODECS",
@@ -89,15 +91,6 @@ def session_limit(key: SessionKey) -> tuple[int, int]:
     return key.device_index, wanted
 
 
-@functools.cache
-def _frames_stream(device_index: int) -> torch.cuda.Stream:
-    # Torch keeps freed memory for the stream on which it was taken: taken on their own, each of
-    # a dozen sessions would keep some.
-    import torch
-
-    return torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
-
-
 class NvdecSession:
     """One NVDEC session with its own CUDA stream."""
 
@@ -106,20 +99,28 @@ class NvdecSession:
         import PyNvVideoCodec
         import torch
 
+        from daskshare.kernels.streams import STREAMS
+
         self.key = key
         self._base = self._latest = 0
         self._open = False
+        self._marks: list[Event] = []
         self._new_packet_data = PyNvVideoCodec.PacketData
+        self.stream = STREAMS.take(key.device_index, "decode")
         with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            # The stream exists, so torch's (the primary) context is current in this thread.
-            self._decoder = PyNvVideoCodec.CreateDecoder(
-                gpuid=key.device_index,
-                codec=getattr(PyNvVideoCodec.cudaVideoCodec, CODECS[key.codec]),
-                cudacontext=cupy.cuda.driver.ctxGetCurrent(),
-                cudastream=self.stream.cuda_stream,
-                usedevicememory=True,
-            )
+            # Frees nothing, and makes torch's (the primary) context current in this thread.
+            cupy.cuda.runtime.free(0)
+            try:
+                self._decoder = PyNvVideoCodec.CreateDecoder(
+                    gpuid=key.device_index,
+                    codec=getattr(PyNvVideoCodec.cudaVideoCodec, CODECS[key.codec]),
+                    cudacontext=cupy.cuda.driver.ctxGetCurrent(),
+                    cudastream=self.stream.cuda_stream,
+                    usedevicememory=True,
+                )
+            except BaseException:
+                STREAMS.give_back(self.stream, "decode")
+                raise
 
     def decode(self, data: bytes, piece: int) -> list[tuple[Any, int]]:
         """Feed a piece of one or more packets (empty: drain); returns surfaces in display order.
@@ -158,17 +159,35 @@ class NvdecSession:
         ]
 
     def empty_frames(self, count: int, height: int, width: int) -> torch.Tensor:
-        """Memory for RGB frames, uint8 (count, height, width, 3), to be filled on the stream."""
+        """Memory for RGB frames, uint8 (count, height, width, 3), to be filled on the stream.
+
+        It belongs to the thread's current stream, as the frames will. So torch may give it to
+        others as soon as it is dropped, which must not happen before :meth:`mark` was waited for
+        or the session was drained or closed.
+        """
         import torch
 
-        index = self.key.device_index
-        with torch.cuda.device(index):
-            consumer = torch.cuda.current_stream()
-            with torch.cuda.stream(_frames_stream(index)):
-                frames = torch.empty((count, height, width, 3), dtype=torch.uint8, device="cuda")
-        for stream in (self.stream, consumer):
-            frames.record_stream(stream)
+        from daskshare.kernels.streams import wait_for_current
+
+        # On their own streams, each of a dozen sessions would keep what was freed for itself.
+        frames = torch.empty(
+            (count, height, width, 3), dtype=torch.uint8, device=self.stream.device
+        )
+        wait_for_current(self.stream)
         return frames
+
+    def turned(self, frames: torch.Tensor, quarter_turns: int) -> torch.Tensor:
+        """Frames turned counter-clockwise, on the stream, in memory like theirs."""
+        import torch
+
+        count, height, width = frames.shape[:3]
+        size = (width, height) if quarter_turns % 2 else (height, width)
+        out = self.empty_frames(count, *size)
+        with torch.cuda.stream(self.stream):
+            out.copy_(torch.rot90(frames, quarter_turns, dims=(1, 2)))
+        # They are dropped before the stream has read them.
+        frames.record_stream(self.stream)
+        return out
 
     def converter(
         self, surface: Any, conversion: YuvConversion, input_size: tuple[int, int] | None
@@ -249,12 +268,17 @@ class NvdecSession:
         return queue
 
     def mark(self) -> Callable[[], None]:
-        """Return what waits for all that is queued on the stream up to now."""
-        import torch
+        """Return what waits for all that is queued on the stream up to now; to be called once."""
+        from daskshare.kernels.transfer import Event
 
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = self._marks.pop() if self._marks else Event(blocking=True)
         event.record(self.stream)
-        return event.synchronize
+
+        def wait() -> None:
+            event.synchronize()
+            self._marks.append(event)
+
+        return wait
 
     def drain(self) -> None:
         """Drop the rest of a chunk; see :class:`daskshare.video.sessions.Session`."""
@@ -264,6 +288,9 @@ class NvdecSession:
 
     def close(self) -> None:
         """Give the decoder's surfaces back, after the kernels that still read them."""
+        from daskshare.kernels.streams import STREAMS
+
         self.stream.synchronize()
         with CAPTURE_GATE.disturbing():
             self._decoder = None
+        STREAMS.give_back(self.stream, "decode")

@@ -97,6 +97,17 @@ def test_one_worker_a_gpu_with_many_task_threads(client, model):
     assert {device["uuid"] for device in devices} == {device.uuid for device in list_devices()}
 
 
+def test_workers_of_gpus_pause_seldom(client):
+    def pauses(dask_worker):
+        import gc
+
+        return dask_worker.periodic_callbacks["profile"].callback_time, gc.get_freeze_count()
+
+    for interval_milliseconds, frozen in client.run(pauses).values():
+        assert interval_milliseconds == 100
+        assert frozen > 100_000
+
+
 def test_host_torch_and_cupy_arrays_give_the_cpus_results(run, model, expected):
     for got in (
         run(model, ITEMS),

@@ -146,6 +146,25 @@ def test_chunks_in_turn_use_one_session(device, tmp_path):
     assert nvdec._sessions.opened == opened + 1
 
 
+def test_frames_that_the_current_stream_still_reads_are_not_overwritten(device, tmp_path):
+    import torch
+
+    path = write_clip(tmp_path / "clip.mp4", *CASES["h264.mp4"])
+    (chunk,) = probe_videos(path, chunk_seconds=100)
+    expected, _, _ = frames_of([chunk], device=device, decoder="nvdec")
+    got = []
+    with chunk.open_frames(device=device, batch_frames=3, decoder="nvdec") as stream:
+        for batch in stream:
+            torch.cuda._sleep(20_000_000)
+            got.append(batch.frames.clone())
+            # Its memory is free for the next batch.
+            del batch
+    frames = torch.cat(got).cpu().numpy()
+    assert len(frames) == chunk.num_frames
+    for number, frame in enumerate(frames):
+        np.testing.assert_array_equal(frame, expected[number][1])
+
+
 @pytest.mark.parametrize("turn", [90, 180, -90])
 def test_rotated(turn, device, tmp_path):
     path = write_clip(tmp_path / "turned.mp4", *CASES["h264.mp4"], frames=10, turn=turn)

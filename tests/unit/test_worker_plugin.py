@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import dask
 import pytest
+import torch
+from distributed import Status
 
 import daskshare.worker_plugin
 from daskshare.errors import ConfigurationError, NotOnWorkerError
@@ -52,7 +54,7 @@ def built(monkeypatch):
     made = SimpleNamespace(shares=[], threads=[], failure=None, may_go_on=threading.Event())
     made.may_go_on.set()
 
-    def build(task_threads):
+    def build(task_threads, own_process):
         assert made.may_go_on.wait(TIMEOUT)
         if made.failure is not None:
             raise made.failure
@@ -74,27 +76,27 @@ def test_a_misspelt_option_stops_the_building_of_a_share():
         dask.config.set({"daskshare.share.memory-limt": 0.5}),
         pytest.raises(ConfigurationError, match=r"Did you mean daskshare\.share\.memory-limit"),
     ):
-        _build_share(1)
+        _build_share(1, own_process=False)
 
 
 def test_owners_share_and_the_last_one_closes(built):
     one, two = object(), object()
-    first = process_share().acquire(one, task_threads=3).result(TIMEOUT)
-    assert process_share().acquire(two, task_threads=5).result(TIMEOUT) is first
+    first = process_share().acquire(one, task_threads=3, own_process=True).result(TIMEOUT)
+    assert process_share().acquire(two, task_threads=5, own_process=True).result(TIMEOUT) is first
     assert built.threads == [3]
     assert process_share().release(one) is None
     assert not first.closed.is_set()
     process_share().release(two).result(TIMEOUT)
     assert first.closed.is_set()
     assert process_share().release(two) is None
-    again = process_share().acquire(one, task_threads=1).result(TIMEOUT)
+    again = process_share().acquire(one, task_threads=1, own_process=True).result(TIMEOUT)
     assert again is not first
 
 
 def test_a_share_released_while_it_is_built_is_closed(built):
     built.may_go_on.clear()
     owner = object()
-    process_share().acquire(owner, task_threads=1)
+    process_share().acquire(owner, task_threads=1, own_process=True)
     closing = process_share().release(owner)
     built.may_go_on.set()
     closing.result(TIMEOUT)
@@ -104,13 +106,13 @@ def test_a_share_released_while_it_is_built_is_closed(built):
 def test_releasing_a_share_that_failed_is_no_error(built):
     built.failure = OSError("no such device")
     owner = object()
-    process_share().acquire(owner, task_threads=1)
+    process_share().acquire(owner, task_threads=1, own_process=True)
     process_share().release(owner).result(TIMEOUT)
 
 
 def test_each_lookup_of_a_failed_share_says_why(built):
     built.failure = OSError("no such device")
-    process_share().acquire(object(), task_threads=1)
+    process_share().acquire(object(), task_threads=1, own_process=True)
     for _ in range(2):
         with pytest.raises(NotOnWorkerError, match="OSError: no such device") as caught:
             local_share()
@@ -121,7 +123,7 @@ def test_each_lookup_of_a_failed_share_says_why(built):
 
 def test_a_lookup_waits_for_a_share_that_is_being_built(built):
     built.may_go_on.clear()
-    process_share().acquire(object(), task_threads=1)
+    process_share().acquire(object(), task_threads=1, own_process=True)
     assert worker_report()["state"] == "starting"
     found = []
     thread = threading.Thread(target=lambda: found.append(local_share()))
@@ -139,7 +141,7 @@ def test_there_is_no_share_and_no_task_outside_a_worker(built):
 
 
 def test_a_report_adds_up_its_models(built):
-    process_share().acquire(object(), task_threads=1).result(TIMEOUT)
+    process_share().acquire(object(), task_threads=1, own_process=True).result(TIMEOUT)
     report = worker_report()
     assert {name: report[name] for name in ("loads", "frames", "batches", "model_bytes")} == {
         "loads": 2,
@@ -157,8 +159,8 @@ def test_each_share_of_a_process_has_its_own_name(built):
     names = set()
     for _ in range(2):
         owner = object()
-        process_share().acquire(owner, task_threads=1).result(TIMEOUT)
-        process_share().acquire(object(), task_threads=1)
+        process_share().acquire(owner, task_threads=1, own_process=True).result(TIMEOUT)
+        process_share().acquire(object(), task_threads=1, own_process=True)
         names.add(worker_report()["share"])
         process_share()._owners = {owner}
         process_share().release(owner).result(TIMEOUT)
@@ -170,6 +172,7 @@ def make_worker():
         metrics={},
         handlers={},
         state=SimpleNamespace(nthreads=2),
+        nanny=None,
         status=None,
         loop=SimpleNamespace(add_callback=lambda *_: None),
     )
@@ -233,7 +236,54 @@ def test_freed_memory_is_retained_on_a_cpu_if_at_all(monkeypatch, kind, option, 
     options = {"daskshare.worker.retain-memory": option, "daskshare.host.serve": False}
     with dask.config.set(options):
         # What there was when the share was made, before any model.
-        assert _build_share(1) == expected
+        assert _build_share(1, own_process=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("own_process", "device", "option", "expected"),
+    [
+        (True, "cuda", True, ["kept"]),
+        (False, "cuda", True, []),
+        (True, "cpu", True, []),
+        (True, "cuda", False, []),
+    ],
+)
+def test_only_a_gpus_own_process_leaves_imports_out_of_searches_for_garbage(
+    monkeypatch, own_process, device, option, expected
+):
+    kept = []
+    plugin = daskshare.worker_plugin
+    monkeypatch.setattr(plugin, "keep_imports", lambda: kept.append("kept"))
+    gpu = SimpleNamespace(kind="cuda", torch_device=lambda: torch.device(device))
+    monkeypatch.setattr("daskshare.device.current_device", lambda: gpu)
+    monkeypatch.setattr(
+        sys.modules[ModelShare.__module__],
+        "ModelShare",
+        lambda device, **_: SimpleNamespace(device=device),
+    )
+    options = {"daskshare.worker.freeze-imports": option, "daskshare.host.serve": False}
+    with dask.config.set(options):
+        _build_share(1, own_process=own_process)
+    assert kept == expected
+
+
+def test_a_gpus_worker_is_profiled_less_until_the_plugin_goes(monkeypatch):
+    sampling = SimpleNamespace(callback_time=10)
+    worker = make_worker()
+    worker.periodic_callbacks = {"profile": sampling}
+    worker.status = Status.closed
+    worker.loop.add_callback = lambda function, *arguments: function(*arguments)
+    device = SimpleNamespace(torch_device=lambda: torch.device("cuda"))
+    monkeypatch.setattr(DaskshareWorkerPlugin, "_changed", lambda self, event: None)
+    plugin = DaskshareWorkerPlugin()
+    worker.plugins = {PLUGIN_NAME: plugin}
+    share: Future = Future()
+    share.set_result(SimpleNamespace(device=device))
+    monkeypatch.setattr(_ProcessShare, "acquire", lambda self, owner, **_: share)
+    plugin.setup(worker)
+    assert sampling.callback_time == 100
+    plugin.teardown(worker).close()
+    assert sampling.callback_time == 10
 
 
 @pytest.mark.parametrize(("nanny", "expected"), [("tcp://nanny", [gc.freeze]), (None, [])])
@@ -244,7 +294,7 @@ def test_a_workers_own_process_ends_without_looking_for_garbage(
     monkeypatch.setattr(daskshare.worker_plugin.atexit, "register", registered.append)
     plugin = DaskshareWorkerPlugin()
     plugin._worker, plugin._owner = SimpleNamespace(nanny=nanny), object()
-    process_share().acquire(plugin._owner, task_threads=1)
+    process_share().acquire(plugin._owner, task_threads=1, own_process=True)
     asyncio.run(plugin._close())
     assert registered == expected
     assert built.shares[0].closed.is_set()

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 
-from daskshare.kernels.capture import CaptureGate, was_disturbed
+from daskshare.kernels.capture import CAPTURE_GATE, CaptureGate, undisturbed, was_disturbed
 
 TIMEOUT = 20.0
 
@@ -102,3 +103,56 @@ def test_a_failure_inside_opens_the_gate():
         pass
     with gate.capturing():
         pass
+
+
+def test_disturbed_work_is_done_again_once_the_capture_has_ended():
+    captured = threading.Event()
+    capture = Visitor(CAPTURE_GATE.capturing)
+    assert capture.inside.wait(TIMEOUT)
+    tries = []
+
+    def work():
+        tries.append(captured.is_set())
+        if len(tries) == 1:
+            raise RuntimeError(INVALID)
+        return "made"
+
+    made = []
+    thread = threading.Thread(target=lambda: made.append(undisturbed(work)))
+    thread.start()
+    while not tries:
+        thread.join(0.01)
+    captured.set()
+    capture.leave.set()
+    thread.join(TIMEOUT)
+    assert made == ["made"]
+    assert tries == [False, True]
+
+
+@pytest.mark.parametrize(("text", "tries"), [(INVALID, 4), (FORBIDDEN, 1), ("no memory", 1)])
+def test_what_keeps_failing_fails(text, tries):
+    errors = [RuntimeError(text) for _ in range(10)]
+    left = iter(errors)
+
+    def work():
+        raise next(left)
+
+    with pytest.raises(RuntimeError) as caught:
+        undisturbed(work)
+    assert caught.value is errors[tries - 1]
+
+
+def test_a_failed_try_keeps_nothing_alive():
+    class Buffer:
+        pass
+
+    seen = []
+
+    def work():
+        buffer = Buffer()
+        if seen:
+            return seen[0]()
+        seen.append(weakref.ref(buffer))
+        raise RuntimeError(INVALID)
+
+    assert undisturbed(work) is None

@@ -71,6 +71,9 @@ class StandInSession:
     def empty_frames(self, count, height, width):
         return torch.empty((count, height, width, 3), dtype=torch.uint8)
 
+    def turned(self, frames, quarter_turns):
+        return torch.rot90(frames, quarter_turns, dims=(1, 2)).contiguous()
+
     def converter(self, surface, conversion, input_size):
         def convert(surfaces, batch, position):
             for out, surface in zip(batch[position:], surfaces, strict=False):
