@@ -86,7 +86,7 @@ def start():
 
     def start(program=None, **options):
         program = program or ConvProgram()
-        options = {"max_wait_seconds": 0.001, "compile": False} | options
+        options = {"max_wait_seconds": 0.001, "compile": False, "slots": 2} | options
         engine = InferenceEngine(
             program, current_device(), options=EngineOptions(**options), name="conv"
         )
