@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 __all__ = ["keep_imports", "profile_less"]
 
 
+_kept = False
+
+
 def keep_imports() -> None:
     """Leave what exists out of Python's searches for garbage from now on.
 
     Notes
     -----
-    To be called before the first model is loaded: garbage in a cycle with what is left out would
-    never be found, and a GPU's memory with it. Takes a tenth of a second.
+    To be called before there is a model, or anything of a user's: garbage in a cycle with what is
+    left out would never be found, and a GPU's memory with it. Only the first call in a process does
+    anything. Takes a tenth of a second.
     """
-    gc.collect()
-    gc.freeze()
+    global _kept
+    if not _kept:
+        _kept = True
+        gc.collect()
+        gc.freeze()
 
 
 def profile_less(worker: Worker, interval_seconds: float) -> Callable[[], None]:

@@ -37,6 +37,7 @@ from daskshare.streaming import stream_counts
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from daskshare.device import Device
     from daskshare.flight import FlightEndpoint
     from daskshare.host import WorkerHost
     from daskshare.share import ModelShare
@@ -73,12 +74,16 @@ class _ProcessShare:
         #: By this, workers of one process are known to share one copy.
         self.id = ""
 
-    def acquire(self, owner: object, *, task_threads: int, own_process: bool) -> Future[ModelShare]:
+    def acquire(
+        self, owner: object, *, task_threads: int, fresh_process: bool
+    ) -> Future[ModelShare]:
         with self._lock:
             self._owners.add(owner)
             if self._build is None:
                 self.id = uuid.uuid4().hex
-                self._build = _in_thread("daskshare-build", _build_share, task_threads, own_process)
+                self._build = _in_thread(
+                    "daskshare-build", _build_share, task_threads, fresh_process
+                )
             return self._build
 
     def release(self, owner: object) -> Future[None] | None:
@@ -109,7 +114,7 @@ def _in_thread(name: str, function: Any, *args: Any) -> Future[Any]:
     return future
 
 
-def _build_share(task_threads: int, own_process: bool) -> ModelShare:
+def _build_share(task_threads: int, fresh_process: bool) -> ModelShare:
     from daskshare.device import current_device
     from daskshare.share import ModelShare
 
@@ -120,11 +125,11 @@ def _build_share(task_threads: int, own_process: bool) -> ModelShare:
         retained = WorkerOptions.from_config().retain_memory_bytes
         if retained is not None:
             retain_freed(retained)
+    if fresh_process and _computes_on_gpu(device) and WorkerOptions.from_config().freeze_imports:
+        keep_imports()
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
     )
-    if own_process and _computes_on_gpu(share) and WorkerOptions.from_config().freeze_imports:
-        keep_imports()
     options = HostOptions.from_config()
     # Unix sockets that tell who is at the other end are Linux's.
     if options.serve and sys.platform == "linux":
@@ -134,8 +139,8 @@ def _build_share(task_threads: int, own_process: bool) -> ModelShare:
     return share
 
 
-def _computes_on_gpu(share: ModelShare) -> bool:
-    return share.device.torch_device().type == "cuda"
+def _computes_on_gpu(device: Device) -> bool:
+    return device.torch_device().type == "cuda"
 
 
 #: Through which other processes of this machine use a share.
@@ -291,9 +296,11 @@ class DaskshareWorkerPlugin(WorkerPlugin):
         worker.handlers["daskshare_load"] = self.load_model
         worker.handlers["daskshare_unload"] = self.unload_model
         WORKER_METRICS.add(self._owner, lambda: self._latest)
-        # Under a nanny, a process is the worker's own.
+        # Under a nanny, a process is the worker's own; later it may hold anything of its tasks'.
         build = _process_share.acquire(
-            self._owner, task_threads=worker.state.nthreads, own_process=worker.nanny is not None
+            self._owner,
+            task_threads=worker.state.nthreads,
+            fresh_process=worker.nanny is not None and not worker.state.tasks,
         )
         build.add_done_callback(self._on_built)
 
@@ -417,7 +424,7 @@ class DaskshareWorkerPlugin(WorkerPlugin):
             logger.error("daskshare could not start in this worker", exc_info=error)
             event = {"action": "failed", "reason": f"{type(error).__name__}: {error}"}
         else:
-            if _computes_on_gpu(build.result()):
+            if _computes_on_gpu(build.result().device):
                 self._worker.loop.add_callback(self._profile_less)
             if (reason := self._serve_flight(build.result())) is not None:
                 event["flight_error"] = reason

@@ -8,6 +8,7 @@ is tried again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import traceback
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_TRIES = 4
+_MAX_TRIES = 6
 
 
 class CaptureGate:
@@ -107,13 +108,12 @@ def was_disturbed(error: BaseException) -> bool:
 
 
 def undisturbed(work: Callable[[], T]) -> T:
-    """Do what takes long beside other threads' captures, again when one of them spoilt it.
+    """Do what captures graphs, or works beside threads that do, again when that was spoilt.
 
     Parameters
     ----------
     work : callable
-        Works on a stream of its own. A capture that another thread's work makes invalid may also
-        show in what this one does meanwhile.
+        Works on a stream of its own. cuDNN captures plans that run as CUDA graphs.
 
     Returns
     -------
@@ -131,10 +131,21 @@ def undisturbed(work: Callable[[], T]) -> T:
             return work()
         except Exception as error:
             tries += 1
-            if tries == _MAX_TRIES or not was_disturbed(error):
+            if tries == _MAX_TRIES or not was_disturbed(error) or "out of memory" in str(error):
                 raise
             # Its frames hold what was made so far.
             traceback.clear_frames(error.__traceback__)
             logger.info("Disturbed by the capture of a CUDA graph, and tried again: %s", error)
         with CAPTURE_GATE.disturbing():
-            pass  # until the captures of now have ended
+            # The captures of now have ended.
+            _forget_last_error()
+
+
+def _forget_last_error() -> None:
+    # What failed in a library's call is kept by CUDA's runtime for whoever asks next in this
+    # thread, as torch does after each kernel.
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")

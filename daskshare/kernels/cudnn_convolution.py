@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from daskshare.kernels.capture import was_disturbed
+from daskshare.kernels.capture import undisturbed
 
 __all__ = ["ConvolutionCase", "CudnnConvolutions", "Plan"]
 
@@ -24,8 +23,6 @@ _X, _WEIGHT, _BIAS, _Y, _RESIDUAL = 1, 2, 3, 4, 5
 # More scratch memory than this is not worth any plan here.
 _MAX_WORKSPACE_BYTES = 64 << 20
 _RUNS = 9
-_DISTURBED_TRIES = 5
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +182,7 @@ class CudnnConvolutions:
         workspace = torch.empty(_MAX_WORKSPACE_BYTES, dtype=torch.uint8, device=self._device)
         for index in range(min(max_plans, graph.get_execution_plan_count())):
             try:
-                _undisturbed(partial(graph.build_plan_at_index, index))
+                undisturbed(partial(graph.build_plan_at_index, index))
                 size = graph.get_workspace_size_plan_at_index(index)
                 if size > _MAX_WORKSPACE_BYTES:
                     continue
@@ -199,7 +196,7 @@ class CudnnConvolutions:
         if not found:
             raise RuntimeError(f"cuDNN has no plan for {case}: {problems[:3]}")
         microseconds, index, name, size = min(found)
-        _undisturbed(partial(graph.build_plan_at_index, index))
+        undisturbed(partial(graph.build_plan_at_index, index))
         plan = Plan(graph, size, name, microseconds)
         return plan, bytes(graph.serialize()), [(row[2], row[0]) for row in sorted(found)]
 
@@ -212,7 +209,7 @@ class CudnnConvolutions:
             graph.deserialize(self._handle, numbers)
             return graph
 
-        return Plan(_undisturbed(deserialize), workspace_bytes, name, microseconds)
+        return Plan(undisturbed(deserialize), workspace_bytes, name, microseconds)
 
     def _time(
         self,
@@ -296,14 +293,3 @@ class CudnnConvolutions:
         graph.validate()
         graph.build_operation_graph()
         return graph
-
-
-def _undisturbed(make: Callable[[], _T]) -> _T:
-    # cuDNN captures plans that run as CUDA graphs, and another thread may have disturbed that.
-    for _ in range(_DISTURBED_TRIES):
-        try:
-            return make()
-        except Exception as error:
-            if not was_disturbed(error):
-                raise
-    return make()

@@ -7,6 +7,7 @@ waits for several turns.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import torch
 
@@ -32,7 +33,8 @@ class StreamPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[tuple[int, str], list[torch.cuda.Stream]] = {}
-        self._taken: set[int] = set()
+        self._known: dict[int, torch.cuda.Stream] = {}
+        self._users: Counter[int] = Counter()
 
     def take(self, device_index: int, purpose: str) -> torch.cuda.Stream:
         """Return a stream.
@@ -50,20 +52,31 @@ class StreamPool:
             To be handed to :meth:`give_back`.
         """
         with self._lock:
-            idle = self._idle.get((device_index, purpose))
-            if idle:
-                return idle.pop()
-            for _ in range(_TORCH_STREAMS):
-                stream = torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
-                if stream.cuda_stream not in self._taken:
-                    break
-            self._taken.add(stream.cuda_stream)
+            stream = self._choose(device_index, purpose)
+            self._users[stream.cuda_stream] += 1
             return stream
 
     def give_back(self, stream: torch.cuda.Stream, purpose: str) -> None:
         """Keep a stream for who comes next; nothing must be under way on it."""
         with self._lock:
-            self._idle.setdefault((stream.device_index, purpose), []).append(stream)
+            self._users[stream.cuda_stream] -= 1
+            if not self._users[stream.cuda_stream]:
+                self._idle.setdefault((stream.device_index, purpose), []).append(stream)
+
+    def _choose(self, device_index: int, purpose: str) -> torch.cuda.Stream:
+        idle = self._idle.get((device_index, purpose))
+        if idle:
+            return idle.pop()
+        for _ in range(_TORCH_STREAMS):
+            stream = torch.cuda.Stream(device_index)  # type: ignore[no-untyped-call]
+            if stream.cuda_stream not in self._known:
+                self._known[stream.cuda_stream] = stream
+                return stream
+        for (index, _), idle in self._idle.items():
+            if index == device_index and idle:
+                return idle.pop()
+        here = [s for s in self._known.values() if s.device_index == device_index]
+        return min(here, key=lambda s: self._users[s.cuda_stream])
 
 
 #: Of this process.

@@ -47,8 +47,8 @@ class Event:
 
     Notes
     -----
-    The first :meth:`record` is torch's, which makes the event; from then on the stream's device
-    must be current in the threads that record.
+    The first :meth:`record` is torch's, which makes the event; threads that record it again have
+    worked on a CUDA device before.
     """
 
     def __init__(self, *, blocking: bool = False) -> None:

@@ -114,15 +114,19 @@ def build_fused(
             return operations, FusedNetwork(network, plan, batch_size, operations)
 
         try:
-            with_stem = partial(attempt, stem and own)
-            kept = _worthwhile(network, batch_size, units if own else (), choices, with_stem)
-            operations, fused = with_stem(kept)
-        except NoVariantError as error:
-            logger.warning("Using cuDNN alone: %s", error)
-            operations, fused = attempt(False, ())
-        operations.finish()
-        if json.dumps(choices, sort_keys=True) != known:
-            tuning.write(choices)
+            try:
+                with_stem = partial(attempt, stem and own)
+                kept = _worthwhile(network, batch_size, units if own else (), choices, with_stem)
+                operations, fused = with_stem(kept)
+            except NoVariantError as error:
+                logger.warning("Using cuDNN alone: %s", error)
+                operations, fused = attempt(False, ())
+            operations.finish()
+        finally:
+            # Also when it failed: the next try need not measure again.
+            if json.dumps(choices, sort_keys=True) != known:
+                tuning.write(choices)
+        if any(tried.report.measured for tried in attempts):
             # What was only tried.
             torch.cuda.empty_cache()
     operations.report.measured = sum(tried.report.measured for tried in attempts)

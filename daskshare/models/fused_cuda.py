@@ -10,11 +10,13 @@ import base64
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
+from daskshare.kernels.capture import undisturbed
 from daskshare.kernels.cudnn_convolution import ConvolutionCase, CudnnConvolutions, Plan
 from daskshare.kernels.decode import HeadDecoder, HeadShape
 from daskshare.kernels.enlarge import enlarge, enlarge_kernel
@@ -288,7 +290,7 @@ class CudaOperations(TorchOperations):
         problems = []
         for tile in tiles:
             try:
-                run = make(tile)
+                run = undisturbed(partial(make, tile))
             except RuntimeError as error:
                 problems.append(f"{tile}: {error}")
                 continue

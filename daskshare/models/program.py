@@ -278,7 +278,8 @@ class YoloV3Program:
                 candidates, description = self._fast_candidates(batch_size)
                 forward = CompiledForward(candidates, self._suppress, description)
                 shape = (batch_size, *self.letterbox_size, 3)
-                forward(torch.zeros(shape, dtype=torch.uint8, device=self._device))
+                frames = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+                undisturbed(partial(forward, frames))
         finally:
             stream.synchronize()
             STREAMS.give_back(stream, "compile")
@@ -319,13 +320,13 @@ class YoloV3Program:
         -----
         Runs in the callers' threads, many at once.
         """
+        if not context:
+            return []
         if not self._cuda:
             outputs = self._suppressed(outputs)
         # All frames' rows at once, by what keeps the interpreter's lock: a mask of thousands of
         # rows, most of them empty, would give it away.
         counts = outputs["count"].tolist()
-        if not counts:
-            return []
 
         def rows_of(name: str) -> np.ndarray:
             return np.concatenate(

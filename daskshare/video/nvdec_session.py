@@ -107,10 +107,10 @@ class NvdecSession:
         self._marks: list[Event] = []
         self._new_packet_data = PyNvVideoCodec.PacketData
         self.stream = STREAMS.take(key.device_index, "decode")
-        with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
-            # Frees nothing, and makes torch's (the primary) context current in this thread.
-            cupy.cuda.runtime.free(0)
-            try:
+        try:
+            with CAPTURE_GATE.disturbing(), torch.cuda.device(key.device_index):
+                # Frees nothing, and makes torch's (the primary) context current in this thread.
+                cupy.cuda.runtime.free(0)
                 self._decoder = PyNvVideoCodec.CreateDecoder(
                     gpuid=key.device_index,
                     codec=getattr(PyNvVideoCodec.cudaVideoCodec, CODECS[key.codec]),
@@ -118,9 +118,9 @@ class NvdecSession:
                     cudastream=self.stream.cuda_stream,
                     usedevicememory=True,
                 )
-            except BaseException:
-                STREAMS.give_back(self.stream, "decode")
-                raise
+        except BaseException:
+            STREAMS.give_back(self.stream, "decode")
+            raise
 
     def decode(self, data: bytes, piece: int) -> list[tuple[Any, int]]:
         """Feed a piece of one or more packets (empty: drain); returns surfaces in display order.

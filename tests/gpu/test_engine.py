@@ -271,6 +271,23 @@ def test_device_items_are_read_after_the_callers_stream(start):
         assert_close(future.result(TIMEOUT), expected)
 
 
+def test_device_items_are_read_after_blocking_streams_that_the_default_one_waits_for(start):
+    import cupy
+
+    engine, program = start()
+    run(engine, frames(16))
+    expected = program.reference(frames(16, 1))
+    source = torch.from_numpy(frames(16, 1)).cuda()
+    blocking = cupy.cuda.Stream()
+    for _ in range(5):
+        given = torch.zeros((16, *SHAPE), dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.ExternalStream(blocking.ptr)):
+            torch.cuda._sleep(50_000_000)
+            given.copy_(source)
+        assert_close(run(engine, given), expected)
+
+
 def test_dlpack_items(start):
     import cupy
 

@@ -54,7 +54,7 @@ def built(monkeypatch):
     made = SimpleNamespace(shares=[], threads=[], failure=None, may_go_on=threading.Event())
     made.may_go_on.set()
 
-    def build(task_threads, own_process):
+    def build(task_threads, fresh_process):
         assert made.may_go_on.wait(TIMEOUT)
         if made.failure is not None:
             raise made.failure
@@ -76,27 +76,27 @@ def test_a_misspelt_option_stops_the_building_of_a_share():
         dask.config.set({"daskshare.share.memory-limt": 0.5}),
         pytest.raises(ConfigurationError, match=r"Did you mean daskshare\.share\.memory-limit"),
     ):
-        _build_share(1, own_process=False)
+        _build_share(1, fresh_process=False)
 
 
 def test_owners_share_and_the_last_one_closes(built):
     one, two = object(), object()
-    first = process_share().acquire(one, task_threads=3, own_process=True).result(TIMEOUT)
-    assert process_share().acquire(two, task_threads=5, own_process=True).result(TIMEOUT) is first
+    first = process_share().acquire(one, task_threads=3, fresh_process=True).result(TIMEOUT)
+    assert process_share().acquire(two, task_threads=5, fresh_process=True).result(TIMEOUT) is first
     assert built.threads == [3]
     assert process_share().release(one) is None
     assert not first.closed.is_set()
     process_share().release(two).result(TIMEOUT)
     assert first.closed.is_set()
     assert process_share().release(two) is None
-    again = process_share().acquire(one, task_threads=1, own_process=True).result(TIMEOUT)
+    again = process_share().acquire(one, task_threads=1, fresh_process=True).result(TIMEOUT)
     assert again is not first
 
 
 def test_a_share_released_while_it_is_built_is_closed(built):
     built.may_go_on.clear()
     owner = object()
-    process_share().acquire(owner, task_threads=1, own_process=True)
+    process_share().acquire(owner, task_threads=1, fresh_process=True)
     closing = process_share().release(owner)
     built.may_go_on.set()
     closing.result(TIMEOUT)
@@ -106,13 +106,13 @@ def test_a_share_released_while_it_is_built_is_closed(built):
 def test_releasing_a_share_that_failed_is_no_error(built):
     built.failure = OSError("no such device")
     owner = object()
-    process_share().acquire(owner, task_threads=1, own_process=True)
+    process_share().acquire(owner, task_threads=1, fresh_process=True)
     process_share().release(owner).result(TIMEOUT)
 
 
 def test_each_lookup_of_a_failed_share_says_why(built):
     built.failure = OSError("no such device")
-    process_share().acquire(object(), task_threads=1, own_process=True)
+    process_share().acquire(object(), task_threads=1, fresh_process=True)
     for _ in range(2):
         with pytest.raises(NotOnWorkerError, match="OSError: no such device") as caught:
             local_share()
@@ -123,7 +123,7 @@ def test_each_lookup_of_a_failed_share_says_why(built):
 
 def test_a_lookup_waits_for_a_share_that_is_being_built(built):
     built.may_go_on.clear()
-    process_share().acquire(object(), task_threads=1, own_process=True)
+    process_share().acquire(object(), task_threads=1, fresh_process=True)
     assert worker_report()["state"] == "starting"
     found = []
     thread = threading.Thread(target=lambda: found.append(local_share()))
@@ -141,7 +141,7 @@ def test_there_is_no_share_and_no_task_outside_a_worker(built):
 
 
 def test_a_report_adds_up_its_models(built):
-    process_share().acquire(object(), task_threads=1, own_process=True).result(TIMEOUT)
+    process_share().acquire(object(), task_threads=1, fresh_process=True).result(TIMEOUT)
     report = worker_report()
     assert {name: report[name] for name in ("loads", "frames", "batches", "model_bytes")} == {
         "loads": 2,
@@ -159,8 +159,8 @@ def test_each_share_of_a_process_has_its_own_name(built):
     names = set()
     for _ in range(2):
         owner = object()
-        process_share().acquire(owner, task_threads=1, own_process=True).result(TIMEOUT)
-        process_share().acquire(object(), task_threads=1, own_process=True)
+        process_share().acquire(owner, task_threads=1, fresh_process=True).result(TIMEOUT)
+        process_share().acquire(object(), task_threads=1, fresh_process=True)
         names.add(worker_report()["share"])
         process_share()._owners = {owner}
         process_share().release(owner).result(TIMEOUT)
@@ -171,7 +171,7 @@ def make_worker():
     return SimpleNamespace(
         metrics={},
         handlers={},
-        state=SimpleNamespace(nthreads=2),
+        state=SimpleNamespace(nthreads=2, tasks={}),
         nanny=None,
         status=None,
         loop=SimpleNamespace(add_callback=lambda *_: None),
@@ -236,11 +236,11 @@ def test_freed_memory_is_retained_on_a_cpu_if_at_all(monkeypatch, kind, option, 
     options = {"daskshare.worker.retain-memory": option, "daskshare.host.serve": False}
     with dask.config.set(options):
         # What there was when the share was made, before any model.
-        assert _build_share(1, own_process=False) == expected
+        assert _build_share(1, fresh_process=False) == expected
 
 
 @pytest.mark.parametrize(
-    ("own_process", "device", "option", "expected"),
+    ("fresh_process", "device", "option", "expected"),
     [
         (True, "cuda", True, ["kept"]),
         (False, "cuda", True, []),
@@ -248,8 +248,8 @@ def test_freed_memory_is_retained_on_a_cpu_if_at_all(monkeypatch, kind, option, 
         (True, "cuda", False, []),
     ],
 )
-def test_only_a_gpus_own_process_leaves_imports_out_of_searches_for_garbage(
-    monkeypatch, own_process, device, option, expected
+def test_only_a_gpus_fresh_process_leaves_imports_out_of_searches_for_garbage(
+    monkeypatch, fresh_process, device, option, expected
 ):
     kept = []
     plugin = daskshare.worker_plugin
@@ -263,7 +263,7 @@ def test_only_a_gpus_own_process_leaves_imports_out_of_searches_for_garbage(
     )
     options = {"daskshare.worker.freeze-imports": option, "daskshare.host.serve": False}
     with dask.config.set(options):
-        _build_share(1, own_process=own_process)
+        _build_share(1, fresh_process=fresh_process)
     assert kept == expected
 
 
@@ -287,14 +287,14 @@ def test_a_gpus_worker_is_profiled_less_until_the_plugin_goes(monkeypatch):
 
 
 @pytest.mark.parametrize(("nanny", "expected"), [("tcp://nanny", [gc.freeze]), (None, [])])
-def test_a_workers_own_process_ends_without_looking_for_garbage(
+def test_a_workers_fresh_process_ends_without_looking_for_garbage(
     built, monkeypatch, nanny, expected
 ):
     registered = []
     monkeypatch.setattr(daskshare.worker_plugin.atexit, "register", registered.append)
     plugin = DaskshareWorkerPlugin()
     plugin._worker, plugin._owner = SimpleNamespace(nanny=nanny), object()
-    process_share().acquire(plugin._owner, task_threads=1, own_process=True)
+    process_share().acquire(plugin._owner, task_threads=1, fresh_process=True)
     asyncio.run(plugin._close())
     assert registered == expected
     assert built.shares[0].closed.is_set()
