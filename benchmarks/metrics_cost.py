@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 import urllib.request
 from statistics import median
 from typing import Any
@@ -29,36 +28,21 @@ def report_with_heartbeats(wanted: bool, *, dask_worker: Any) -> None:
         dask_worker.metrics.pop(PLUGIN_NAME, None)
 
 
-class Scraper:
-    """Reads some pages again and again until it is stopped; ``sizes`` are the last ones'."""
+class Scraper(workload.Every):
+    """Reads some pages; ``sizes`` are the last ones', ``count`` says how often all were read."""
 
     def __init__(self, urls: list[str], interval_seconds: float) -> None:
+        super().__init__(interval_seconds, self._read)
         self.sizes: list[int] = []
         self.count = 0
-        self.error: Exception | None = None
         self._urls = urls
-        self._interval_seconds = interval_seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.wait(self._interval_seconds):
-                self.sizes = []
-                for url in self._urls:
-                    with urllib.request.urlopen(url, timeout=10) as page:
-                        self.sizes.append(len(page.read()))
-                self.count += 1
-        except Exception as error:
-            self.error = error
-
-    def __enter__(self) -> Scraper:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def _read(self) -> None:
+        self.sizes = []
+        for url in self._urls:
+            with urllib.request.urlopen(url, timeout=10) as page:
+                self.sizes.append(len(page.read()))
+        self.count += 1
 
 
 def turn(client: Any, model: Any, arguments: Any) -> float:
@@ -115,8 +99,6 @@ def main() -> int:
                 if wanted:
                     with Scraper(urls, arguments.scrape_seconds) as scraper:
                         rates[True].append(turn(client, shared, arguments))
-                    if scraper.error is not None:
-                        raise scraper.error
                     if not scraper.count:
                         raise RuntimeError(
                             "a turn was over before the first scrape; give --seconds"

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -141,25 +140,15 @@ CEILINGS = {
 }
 
 
-class Watch:
-    """Reads the GPU's memory until it is stopped; ``peak_bytes`` is the most it saw."""
+class Watch(workload.Every):
+    """Reads the GPU's memory; ``peak_bytes`` is the most it saw."""
 
     def __init__(self) -> None:
+        super().__init__(0.1, self._look)
         self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
-        while not self._stop.wait(0.1):
-            self.peak_bytes = max(self.peak_bytes, workload.gpu_used_bytes())
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def _look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, workload.gpu_used_bytes())
 
 
 def measure_daskshare(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,27 +24,17 @@ from benchmarks.video import make_clip
 from daskshare.device import current_device, list_devices
 
 
-class LockWatch:
+class LockWatch(workload.Every):
     """Waits for the interpreter's lock again and again, and remembers how long."""
 
     def __init__(self) -> None:
+        super().__init__(0.002, self._ask)
         self.waits_seconds: list[float] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _run(self) -> None:
-        while not self._stop.wait(0.002):
-            started = time.perf_counter()
-            time.sleep(0)  # gives the lock away and takes it again
-            self.waits_seconds.append(time.perf_counter() - started)
-
-    def __enter__(self) -> LockWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    def _ask(self) -> None:
+        started = time.perf_counter()
+        time.sleep(0)  # gives the lock away and takes it again
+        self.waits_seconds.append(time.perf_counter() - started)
 
 
 def measure(

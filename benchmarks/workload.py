@@ -7,13 +7,21 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
 
-__all__ = ["deviceless_pss_bytes", "gpu_used_bytes", "host_frames", "random_weights", "rate"]
+__all__ = [
+    "Every",
+    "deviceless_pss_bytes",
+    "gpu_used_bytes",
+    "host_frames",
+    "random_weights",
+    "rate",
+]
 
 
 #: Of the last convolutions: a frame of traffic then has some five boxes above the threshold.
@@ -137,6 +145,42 @@ def to_host(outputs: Any) -> Any:
     if isinstance(outputs, tuple | list):
         return type(outputs)(to_host(value) for value in outputs)
     return outputs.cpu().numpy()
+
+
+class Every:
+    """Does some work again and again, in a thread of its own, while a ``with`` block runs.
+
+    Parameters
+    ----------
+    seconds : float
+        From the end of one time to the next; the first waits as long.
+    work : callable
+        Without arguments. What it raises ends the thread, and is raised at the block's end.
+    """
+
+    def __init__(self, seconds: float, work: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._work = work
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(self._seconds):
+                self._work()
+        except Exception as error:
+            self._error = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
 
 
 def run_for(

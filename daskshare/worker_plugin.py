@@ -120,12 +120,12 @@ def _build_share(task_threads: int, fresh_process: bool) -> ModelShare:
 
     check_option_names()
     device = current_device()
+    of_worker = WorkerOptions.from_config()
     if device.kind == "cpu":
         _set_torch_threads(task_threads)
-        retained = WorkerOptions.from_config().retain_memory_bytes
-        if retained is not None:
-            retain_freed(retained)
-    if fresh_process and _computes_on_gpu(device) and WorkerOptions.from_config().freeze_imports:
+        if of_worker.retain_memory_bytes is not None:
+            retain_freed(of_worker.retain_memory_bytes)
+    if fresh_process and _computes_on_gpu(device) and of_worker.freeze_imports:
         keep_imports()
     share = ModelShare(
         device, options=ShareOptions.from_config(), engine_options=EngineOptions.from_config()
